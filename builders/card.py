@@ -1,0 +1,60 @@
+"""The card of a guard: what it is and what was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from noisec.builders.figures import figure_rows, markdown_table, percent
+from noisec.builders.spec import GuardSpec
+
+CARD = """# {name}, release {release}
+
+Protects a `{classifier}` classifier ({source}, {classes}). Ask the ensemble `{name}` for `LOGITS`, `SCORE`, `P_VALUE`, `IS_MALICIOUS`,
+`RELEASE`; the input `IMAGE` is fp32 with pixels in [0, 1].
+
+## Measured
+On {n} held-out images, white-box attacks on the classifier (L-infinity, epsilon in the name), exported stages in process.
+Nominal false-positive rate {alpha}; AUROC and TPR are against clean images; "flagged" is the guard's own verdict at its calibrated
+threshold; every attacked image counts, successful or not.
+
+{table}
+
+An attacker who holds the guard's own weights is not among these attacks, and is not stopped.
+
+## Made of
+- autoencoder: `{autoencoder}`, trained on {train} clean images with noise of sd 0 to {noise_sd}{patches}
+- detectors: {detectors}, fitted on {fit} clean images and calibrated on {calibrate} others, half of them with sensor noise of sd 0 to {natural}
+- {levels} noise level(s), runtime `{runtime}`, precision `{precision}`, seed {seed}
+
+`{release}/manifest.json` holds all figures, versions and the SHA-256 of every file.
+"""
+
+
+def write_card(repository: Path, spec: GuardSpec, measured: dict[str, Any], classes: int) -> None:
+    """Write ``<repository>/<guard>/README.md``."""
+    text = CARD.format(
+        name=spec.name,
+        release=spec.release,
+        classifier=spec.classifier.network,
+        source=spec.data.source,
+        classes=f"{classes} classes",
+        n=measured["n_clean"],
+        alpha=percent(spec.target_fpr),
+        table=markdown_table(*figure_rows(measured)),
+        autoencoder=spec.autoencoder.network,
+        train=spec.data.train,
+        noise_sd=spec.autoencoder.noise_sd,
+        patches=f", {percent(spec.autoencoder.patches, 0)} of them also with a random patch" if spec.autoencoder.patches else "",
+        detectors=", ".join(f"`{detector.name}`" for detector in spec.detectors),
+        fit=spec.data.fit,
+        calibrate=spec.data.calibrate,
+        natural=spec.natural_noise_sd,
+        levels=spec.noise_levels,
+        runtime=spec.runtime,
+        precision=spec.precision,
+        seed=spec.seed,
+    )
+    folder = repository / spec.name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "README.md").write_text(text)

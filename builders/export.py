@@ -1,0 +1,88 @@
+"""Networks -> ONNX stage graphs with the names of the tensor contract."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from noisec.python_backend.runtimes.onnxruntime.session import open_session
+from torch import Tensor, nn
+
+from noisec import contract
+from noisec.errors import NoisecError
+
+OPSET = 18
+IR_VERSION = 10
+"""the newest that ONNX Runtime 1.19, the one in Triton 24.10, reads"""
+MAX_DIFFERENCE = 1e-3
+"""largest absolute difference between an exported stage and its network that still counts as rounding, relative to the output's scale"""
+
+
+class AutoencoderStage(nn.Module):
+    """IMAGE -> NOISE, RECONSTRUCTION, NOISE_LEVEL, IN_RANGE: the subtraction is part of the graph."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        reconstruction = self.denoiser(image)
+        noise = image - reconstruction
+        level = noise.square().mean(dim=(1, 2, 3)).sqrt().unsqueeze(1)
+        # Comparisons, because a NaN need not survive the networks: runtimes may turn ReLU(NaN) into 0.
+        low, high = -contract.PIXEL_TOLERANCE, 1 + contract.PIXEL_TOLERANCE
+        inside = torch.logical_and(image >= low, image <= high).to(image.dtype).amin(dim=(1, 2, 3)).unsqueeze(1)
+        return noise, reconstruction, level, inside
+
+
+def export_stage(stage: nn.Module, shape: tuple[int, int, int], outputs: tuple[str, ...], path: Path) -> None:
+    """Write ``stage`` as ONNX with a dynamic batch dimension.
+
+    Args:
+        stage: IMAGE float32 [batch, *shape] -> one tensor for each of ``outputs``
+    """
+    example = torch.rand(2, *shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        program = torch.onnx.export(
+            stage.eval(),
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[contract.IMAGE],
+            output_names=list(outputs),
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            external_data=False,
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    model.ir_version = min(model.ir_version, IR_VERSION)
+    onnx.checker.check_model(model, full_check=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(model, path)
+
+
+def export_difference(stage: nn.Module, path: Path, images: npt.NDArray[np.float32]) -> float:
+    """Largest absolute difference between an exported stage and its network, over all outputs.
+
+    Args:
+        images: float32 [n, C, H, W]
+
+    Raises:
+        NoisecError: the difference is more than rounding.
+    """
+    with torch.no_grad():
+        expected = [tensor.numpy() for tensor in stage.eval()(torch.from_numpy(images))]
+    found = open_session(path).run(None, {contract.IMAGE: images})
+    differences = [float(np.abs(a - b).max()) for a, b in zip(expected, found, strict=True)]
+    allowed = [MAX_DIFFERENCE * max(1.0, float(np.abs(a).max())) for a in expected]
+    if any(not difference <= limit for difference, limit in zip(differences, allowed, strict=True)):
+        raise NoisecError(f"{path.name}: ONNX differs from PyTorch by {max(differences):.2e}; at most {max(allowed):.2e} is rounding")
+    return max(differences)

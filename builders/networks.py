@@ -1,0 +1,148 @@
+"""Reference classifiers and denoisers, by name.
+
+Every network takes images ``float32 [batch, C, H, W]`` with pixels in [0, 1]. A classifier returns
+``(logits [batch, classes], penultimate [batch, d])``; a denoiser returns a reconstruction of its input's shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def conv_block(inputs: int, outputs: int, layers: int = 2) -> nn.Sequential:
+    """``layers`` times [3x3 convolution, batch norm, ReLU]."""
+    steps: list[nn.Module] = []
+    for index in range(layers):
+        width = inputs if index == 0 else outputs
+        steps += [nn.Conv2d(width, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+    return nn.Sequential(*steps)
+
+
+class ConvClassifier(nn.Module):
+    """Convolution blocks, each halved by max pooling, then fully connected layers.
+
+    The penultimate activations are those of the last hidden layer *before* its ReLU (NoiSec section 4.2 and its authors'
+    code): a mixture fits signed activations better than rectified ones.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int], classes: int, widths: tuple[int, ...], hidden: tuple[int, ...], layers: int, dropout: float
+    ) -> None:
+        super().__init__()
+        channels, height, width = shape
+        blocks: list[nn.Module] = []
+        for outputs in widths:
+            blocks += [conv_block(channels, outputs, layers), nn.MaxPool2d(2), nn.Dropout(dropout)]
+            channels, height, width = outputs, height // 2, width // 2
+        features = channels * height * width
+        self.features = nn.Sequential(*blocks, nn.Flatten())
+        dense: list[nn.Module] = []
+        for index, units in enumerate(hidden):
+            dense += [nn.ReLU(inplace=False)] if index else []
+            dense += [nn.Linear(features, units)]
+            features = units
+        self.hidden = nn.Sequential(*dense)
+        self.head = nn.Sequential(nn.ReLU(), nn.Linear(features, classes))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        penultimate = self.hidden(self.features(images))
+        return self.head(penultimate), penultimate
+
+
+class UNetDenoiser(nn.Module):
+    """A U-Net that predicts the noise and subtracts it: ``A(x) = x - g(x)``.
+
+    Skip connections leave a clean image almost untouched, so that the noise ``x - A(x)`` shows the input and not the
+    autoencoder's own blur. Batch norm is left out: its statistics would tie the noise level of one image to the others'.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], widths: tuple[int, ...] = (16, 32, 64)) -> None:
+        super().__init__()
+        self.down = nn.ModuleList()
+        channels = shape[0]
+        for width in widths:
+            self.down.append(self._block(channels, width))
+            channels = width
+        self.up = nn.ModuleList()
+        self.merge = nn.ModuleList()
+        for width in reversed(widths[:-1]):
+            self.up.append(nn.ConvTranspose2d(channels, width, 2, stride=2))
+            self.merge.append(self._block(2 * width, width))
+            channels = width
+        self.noise = nn.Conv2d(channels, shape[0], 3, padding=1)
+        nn.init.zeros_(self.noise.weight)
+        assert self.noise.bias is not None
+        nn.init.zeros_(self.noise.bias)
+
+    @staticmethod
+    def _block(inputs: int, outputs: int) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(outputs, outputs, 3, padding=1),
+            nn.ReLU(inplace=True),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        skips: list[Tensor] = []
+        hidden = images
+        for level, block in enumerate(self.down):
+            hidden = block(nn.functional.max_pool2d(hidden, 2) if level else hidden)
+            skips.append(hidden)
+        skips.pop()
+        for up, merge in zip(self.up, self.merge, strict=True):
+            hidden = merge(torch.cat([up(hidden), skips.pop()], dim=1))
+        return images - self.noise(hidden)
+
+
+class BottleneckAutoencoder(nn.Module):
+    """The published autoencoder (NoiSec, appendix): convolutions to a latent vector and back, linear output."""
+
+    def __init__(self, shape: tuple[int, int, int], latent: int) -> None:
+        super().__init__()
+        channels, height, width = shape
+        corner = (64, height // 4, width // 4)
+        flat = corner[0] * corner[1] * corner[2]
+        relu = nn.ReLU
+        self.encoder = nn.Sequential(
+            nn.Conv2d(channels, 16, 3, padding=1), relu(),
+            nn.Conv2d(16, 16, 3, padding=1), relu(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1), relu(),
+            nn.Conv2d(32, 32, 3, padding=1), relu(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1), relu(),
+            nn.Conv2d(64, 64, 3, padding=1), relu(),
+            nn.Flatten(), nn.Linear(flat, latent),
+        )  # fmt: skip
+        self.decoder = nn.Sequential(
+            nn.Linear(latent, flat), relu(), nn.Unflatten(1, corner),
+            nn.ConvTranspose2d(64, 64, 3, padding=1), relu(),
+            nn.ConvTranspose2d(64, 32, 3, stride=2, padding=1, output_padding=1), relu(),
+            nn.ConvTranspose2d(32, 32, 3, padding=1), relu(),
+            nn.ConvTranspose2d(32, 16, 3, stride=2, padding=1, output_padding=1), relu(),
+            nn.ConvTranspose2d(16, 16, 3, padding=1), relu(),
+            nn.ConvTranspose2d(16, channels, 3, padding=1),
+        )  # fmt: skip
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.decoder(self.encoder(images))
+
+
+Shape = tuple[int, int, int]
+
+CLASSIFIERS: dict[str, Callable[[Shape, int], nn.Module]] = {
+    # NoiSec's Fashion-MNIST classifier: three convolutions, three dense layers, 128 features.
+    "conv3": lambda shape, classes: ConvClassifier(shape, classes, (32, 64, 128), (256, 128), layers=1, dropout=0.1),
+    # NoiSec's CIFAR-10 classifier: three blocks of two convolutions, widths 32/64/128, 256 features.
+    "conv6": lambda shape, classes: ConvClassifier(shape, classes, (32, 64, 128), (256,), layers=2, dropout=0.25),
+}
+"""name -> (image shape, number of classes) -> classifier"""
+
+DENOISERS: dict[str, Callable[[Shape], nn.Module]] = {
+    "unet": lambda shape: UNetDenoiser(shape),
+    "unet-small": lambda shape: UNetDenoiser(shape, (8, 16, 32)),
+    "bottleneck": lambda shape: BottleneckAutoencoder(shape, latent=256 if shape[0] == 1 else 1024),
+}
+"""name -> image shape -> denoiser"""

@@ -1,0 +1,158 @@
+"""Stages and scorer -> a Triton model repository, with complete configurations."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from google.protobuf import text_format
+from noisec.builders.spec import GuardSpec
+from noisec.python_backend.scorer import scoring
+from tritonclient.grpc import model_config_pb2 as triton
+
+from noisec import contract
+from noisec.contract import stage_model
+
+SCORER_CODE = Path(scoring.__file__).parent
+SCORER_FILES = ("model.py", "scoring.py", "batching.py")
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Sizes that the configurations state."""
+
+    shape: tuple[int, int, int]
+    classes: int
+    features: int
+
+
+def passes_needed(spec: GuardSpec) -> tuple[contract.Pass, ...]:
+    """The classifier passes that the guard's detectors look at, the image's always among them: it gives the label."""
+    needed = {"image", *(name for detector in spec.detectors for name in contract.VIEWS[detector.view])}
+    return tuple(name for name in contract.PASSES if name in needed)
+
+
+def scorer_inputs(spec: GuardSpec) -> tuple[str, ...]:
+    """Tensors that the scorer reads besides NOISE_LEVEL and IN_RANGE."""
+    views = {name for detector in spec.detectors for name in contract.VIEWS[detector.view]}
+    return tuple(contract.PASSES[name] for name in contract.PASSES if name in views)
+
+
+def _tensor(name: str, dims: tuple[int, ...], kind: str = "TYPE_FP32") -> dict[str, object]:
+    return {"name": name, "data_type": getattr(triton, kind), "dims": dims}
+
+
+def network_config(spec: GuardSpec, stage: str, widths: Widths) -> triton.ModelConfig:
+    """Configuration of the ``autoencoder`` or ``classifier`` stage."""
+    outputs = {
+        "autoencoder": [
+            _tensor(contract.NOISE, widths.shape),
+            _tensor(contract.RECONSTRUCTION, widths.shape),
+            _tensor(contract.NOISE_LEVEL, (1,)),
+            _tensor(contract.IN_RANGE, (1,)),
+        ],
+        "classifier": [_tensor(contract.LOGITS, (widths.classes,)), _tensor(contract.PENULTIMATE, (widths.features,))],
+    }
+    return triton.ModelConfig(
+        name=stage_model(spec.name, stage),
+        backend=spec.runtime,
+        default_model_filename="model.onnx",
+        max_batch_size=spec.serving.max_batch_size,
+        input=[_tensor(contract.IMAGE, widths.shape)],
+        output=outputs[stage],
+        version_policy={"all": {}},
+        dynamic_batching={"max_queue_delay_microseconds": spec.serving.queue_delay_microseconds},
+        instance_group=[{"count": 1, "kind": triton.ModelInstanceGroup.KIND_AUTO}],
+    )
+
+
+def scorer_config(spec: GuardSpec, widths: Widths) -> triton.ModelConfig:
+    """Configuration of the scorer stage."""
+    features = [_tensor(name, (widths.features,)) for name in scorer_inputs(spec)]
+    return triton.ModelConfig(
+        name=stage_model(spec.name, "scorer"),
+        backend="python",
+        default_model_filename="model.py",
+        max_batch_size=spec.serving.max_batch_size,
+        input=[*features, _tensor(contract.NOISE_LEVEL, (1,)), _tensor(contract.IN_RANGE, (1,))],
+        output=_verdict(),
+        version_policy={"all": {}},
+        dynamic_batching={},
+        instance_group=[{"count": 1, "kind": triton.ModelInstanceGroup.KIND_CPU}],
+    )
+
+
+def _verdict() -> list[dict[str, object]]:
+    kinds = {contract.IS_MALICIOUS: "TYPE_BOOL", contract.RELEASE: "TYPE_INT32"}
+    return [_tensor(name, (1,), kinds.get(name, "TYPE_FP32")) for name in contract.VERDICT]
+
+
+def ensemble_config(spec: GuardSpec, widths: Widths, class_names: tuple[str, ...]) -> triton.ModelConfig:
+    """Configuration of the guard itself. Every output is a leaf, and every step is pinned to the release."""
+    step = triton.ModelEnsembling.Step
+    autoencoder, classifier, scorer = (stage_model(spec.name, stage) for stage in contract.STAGES)
+    views = scorer_inputs(spec)
+    source = {"image": contract.IMAGE, "noise": contract.NOISE, "reconstruction": contract.RECONSTRUCTION}
+    images = {contract.NOISE: contract.NOISE, contract.RECONSTRUCTION: contract.RECONSTRUCTION}
+    used = {name: name for one in passes_needed(spec) for name in images if source[one] == name}
+    flags = {contract.NOISE_LEVEL: contract.NOISE_LEVEL, contract.IN_RANGE: contract.IN_RANGE}
+    steps = [
+        step(model_name=autoencoder, model_version=spec.release, input_map={contract.IMAGE: contract.IMAGE}, output_map={**used, **flags})
+    ]
+    for one in passes_needed(spec):
+        outputs = {contract.LOGITS: contract.LOGITS} if one == "image" else {}
+        if contract.PASSES[one] in views:
+            outputs[contract.PENULTIMATE] = contract.PASSES[one]
+        steps.append(step(model_name=classifier, model_version=spec.release, input_map={contract.IMAGE: source[one]}, output_map=outputs))
+    steps.append(
+        step(
+            model_name=scorer,
+            model_version=spec.release,
+            input_map={**{name: name for name in views}, **flags},
+            output_map={name: name for name in contract.VERDICT},
+        )
+    )
+    return triton.ModelConfig(
+        name=spec.name,
+        platform="ensemble",
+        max_batch_size=spec.serving.max_batch_size,
+        input=[_tensor(contract.IMAGE, widths.shape)],
+        output=[_tensor(contract.LOGITS, (widths.classes,)), *_verdict()],
+        ensemble_scheduling={"step": steps},
+        parameters={"class_names": {"string_value": "\n".join(class_names)}},
+    )
+
+
+def write_repository(
+    repository: Path, spec: GuardSpec, widths: Widths, class_names: tuple[str, ...], onnx: dict[str, Path], scorer: scoring.Scorer
+) -> None:
+    """Write every model of the guard, replacing an earlier build of the same release; other releases and guards stay.
+
+    Args:
+        onnx: ``autoencoder`` and ``classifier`` -> exported stage
+    """
+    configs = {stage: network_config(spec, stage, widths) for stage in onnx}
+    configs["scorer"] = scorer_config(spec, widths)
+    for stage, config in configs.items():
+        folder = _fresh_version(repository / stage_model(spec.name, stage), spec.release)
+        _write_config(folder.parent, config)
+        if stage in onnx:
+            shutil.copyfile(onnx[stage], folder / "model.onnx")
+    folder = repository / stage_model(spec.name, "scorer") / str(spec.release)
+    for name in SCORER_FILES:
+        shutil.copyfile(SCORER_CODE / name, folder / name)
+    scorer.save(folder / "scorer.npz")
+    _fresh_version(repository / spec.name, spec.release)
+    _write_config(repository / spec.name, ensemble_config(spec, widths, class_names))
+
+
+def _fresh_version(model: Path, release: int) -> Path:
+    folder = model / str(release)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _write_config(model: Path, config: triton.ModelConfig) -> None:
+    (model / "config.pbtxt").write_text(text_format.MessageToString(config))

@@ -1,0 +1,52 @@
+"""Build steps that are done once: a step whose inputs have not changed is taken from the last run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from noisec.builders.progress import console
+
+DONE = "step.json"
+
+
+class Workbench:
+    """A folder of finished steps.
+
+    Args:
+        folder: kept between runs; removing it forgets every step
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def step(self, name: str, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
+        """The folder that ``make`` filled for these inputs, now or in an earlier run.
+
+        Args:
+            inputs: everything that the result depends on, as JSON; the folder of an earlier step stands for that step's own inputs
+            make: fills the empty folder it is given; interrupted, it leaves no finished step behind
+        """
+        text = json.dumps({"step": name, **inputs}, sort_keys=True, default=str)
+        target = self.folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        if (target / DONE).is_file():
+            seconds = json.loads((target / DONE).read_text())["seconds"]
+            console.print(f"  {name}: unchanged, reused ({seconds:.0f} s saved)")
+            return target
+        unfinished = target.with_suffix(".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        start = time.monotonic()
+        make(unfinished)
+        seconds = time.monotonic() - start
+        (unfinished / DONE).write_text(json.dumps({"inputs": json.loads(text), "seconds": seconds}, indent=2))
+        shutil.rmtree(target, ignore_errors=True)
+        unfinished.rename(target)
+        console.print(f"  {name}: done in {seconds:.0f} s")
+        return target

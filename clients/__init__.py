@@ -1,0 +1,6 @@
+"""gRPC clients for production apps: NumPy and tritonclient, nothing else."""
+
+from noisec.clients.blocking import GuardClient
+from noisec.clients.results import Verdicts
+
+__all__ = ["GuardClient", "Verdicts"]

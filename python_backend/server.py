@@ -1,0 +1,262 @@
+"""The embedded server: the real ``tritonserver`` that the nvidia-pytriton wheel carries, with our stand-in backends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from noisec.errors import NoisecError
+from noisec.manifest import guards
+
+try:
+    import tritonclient.grpc as triton_grpc
+    from pytriton.server.python_backend_config import PythonBackendConfig
+    from pytriton.server.triton_server import TritonServer
+    from pytriton.server.triton_server_config import TritonServerConfig
+    from pytriton.utils.distribution import get_libs_path, get_root_module_path, get_stub_path
+except ImportError as error:
+    raise NoisecError(f"the embedded server needs {error.name}: pip install 'noisec-triton[serve]'") from error
+
+RUNTIMES = Path(__file__).parent / "runtimes"
+LOG = logging.getLogger(__name__)
+
+
+class _Config(TritonServerConfig):  # type: ignore[misc]
+    """pytriton's server arguments, with values that hold spaces kept whole and True for a flag that takes no value."""
+
+    def to_args_list(self) -> list[str]:
+        lists = {key: value if isinstance(value, list) else [value] for key, value in self.server_args().items()}
+        return [f"--{key}" if value is True else f"--{key}={value}" for key, values in lists.items() for value in values]
+
+
+class _Server(TritonServer):  # type: ignore[misc]
+    """pytriton's server process with the environment that the Python backend's stub needs."""
+
+    def _get_env(self) -> dict[str, str]:
+        env: dict[str, str] = super()._get_env()
+        # The stub links libpython3.X.so: the running Python's own must be found before the system's, of another patch level.
+        env["LD_LIBRARY_PATH"] = f"{sysconfig.get_config_var('LIBDIR')}:{env['LD_LIBRARY_PATH']}"
+        # Stubs start an interpreter of their own: they must see this one's packages, a virtual environment's included.
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH", ""), *filter(None, sys.path)]))
+        env["OMP_NUM_THREADS"] = env["OPENBLAS_NUM_THREADS"] = env["MKL_NUM_THREADS"] = "1"
+        return env
+
+
+class EmbeddedServer:
+    """Serves a model repository on this machine; a context manager.
+
+    Example::
+
+        with EmbeddedServer(Path("model_repository")) as server:
+            client = GuardClient(server.grpc_url, "fashion_mnist")
+
+    Args:
+        repository: folder with one or more guards
+        host: address to listen on
+        http_port, grpc_port, metrics_port: 0 takes a free port
+        ready_seconds: how long the models may take to load
+        verbose: print the server's log as it comes; otherwise it is kept for ``logs()``
+        model_control: ``none`` loads everything once; ``explicit`` lets clients load and unload releases
+
+    Raises:
+        NoisecError: the repository has no guard, a port is taken, or a model does not load (the message holds Triton's reason).
+    """
+
+    def __init__(
+        self,
+        repository: Path,
+        *,
+        host: str = "127.0.0.1",
+        http_port: int = 0,
+        grpc_port: int = 0,
+        metrics_port: int = 0,
+        ready_seconds: float = 60,
+        verbose: bool = False,
+        model_control: str = "none",
+    ) -> None:
+        if not repository.is_dir() or not guards(repository):
+            raise NoisecError(f"{repository}: no guard in this folder; build one with 'noisec build GUARD.toml --repository {repository}'")
+        self.repository = repository.resolve()
+        self.host = host
+        self.http_port, self.grpc_port, self.metrics_port = _ports(host, http_port, grpc_port, metrics_port)
+        self._ready_seconds = ready_seconds
+        self._verbose = verbose
+        self._model_control = model_control
+        self._folder: Path | None = None
+        self._server: _Server | None = None
+        self._region = f"noisec-{os.getpid()}-{self.grpc_port}-"
+
+    @property
+    def grpc_url(self) -> str:
+        """``host:port``, as tritonclient wants it"""
+        return f"{self.host}:{self.grpc_port}"
+
+    @property
+    def http_url(self) -> str:
+        return f"{self.host}:{self.http_port}"
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://{self.host}:{self.metrics_port}/metrics"
+
+    def start(self) -> EmbeddedServer:
+        """Start the process and wait until every model is ready."""
+        self._folder = Path(tempfile.mkdtemp(prefix="noisec-server-"))
+        try:
+            _assemble_backends(self._folder / "backends")
+            self._server = _Server(
+                path=get_root_module_path() / "tritonserver" / "bin" / "tritonserver",
+                libs_path=get_libs_path(),
+                config=self._config(self._folder / "backends"),
+                verbose=self._verbose,
+            )
+            self._server.start()
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def stop(self) -> None:
+        """Let requests in flight finish, end the process and remove what it left in /dev/shm. May be called twice."""
+        if self._server is not None:
+            self._server.stop()
+        for region in Path("/dev/shm").glob(f"{self._region}*"):
+            with suppress(FileNotFoundError):
+                region.unlink()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def is_alive(self) -> bool:
+        return self._server is not None and bool(self._server.is_alive())
+
+    def logs(self) -> str:
+        """Everything the server has printed."""
+        return str(self._server.logs()) if self._server else ""
+
+    def __enter__(self) -> EmbeddedServer:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def _config(self, backends: Path) -> Any:
+        config = _Config()
+        config["model-repository"] = self.repository
+        config["backend-directory"] = backends
+        config["disable-auto-complete-config"] = True
+        config["model-control-mode"] = self._model_control
+        if self._model_control == "explicit":
+            config["load-model"] = guards(self.repository)
+        for protocol, port in (("http", self.http_port), ("grpc", self.grpc_port), ("metrics", self.metrics_port)):
+            config[f"{protocol}-address"] = self.host
+            config[f"{protocol}-port"] = port
+        config["exit-timeout-secs"] = 10
+        shared_memory = PythonBackendConfig()
+        shared_memory["shm-region-prefix-name"] = self._region
+        arguments = shared_memory.to_list_args()
+        names = ["python", *(path.name for path in backends.iterdir() if path.name != "python")]
+        config["backend-config"] = [argument.replace("python,", f"{name},", 1) for name in names for argument in arguments]
+        return config
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + self._ready_seconds
+        with triton_grpc.InferenceServerClient(self.grpc_url) as client:
+            while time.monotonic() < deadline:
+                if not self.is_alive():
+                    raise NoisecError(f"{self.repository}: the server stopped while it loaded:\n{self.reasons()}")
+                with suppress(triton_grpc.InferenceServerException):
+                    if client.is_server_ready():
+                        return
+                time.sleep(0.05)
+        raise NoisecError(f"{self.repository}: not ready after {self._ready_seconds} s; the end of the log:\n{self.reasons()}")
+
+    def reasons(self) -> str:
+        """The lines of the log that say what went wrong, or else its end."""
+        lines = self.logs().splitlines()
+        wrong = [line for line in lines if re.match(r"[EF]\d{4} |error", line)]
+        return "\n".join((wrong or lines)[-12:])
+
+
+def _assemble_backends(target: Path) -> None:
+    """A backend directory: pytriton's Python backend with the stub of this Python beside it, and our stand-ins."""
+    python = target / "python"
+    shutil.copytree(get_root_module_path() / "tritonserver" / "backends" / "python", python)
+    stub = get_stub_path(f"{sys.version_info.major}.{sys.version_info.minor}")
+    if not stub.is_file():
+        raise NoisecError(
+            f"nvidia-pytriton has no Python backend for Python {sys.version_info.major}.{sys.version_info.minor}; use 3.10 to 3.12"
+        )
+    shutil.copy(stub, python)
+    for runtime in RUNTIMES.iterdir():
+        if (runtime / "model.py").is_file():
+            (target / runtime.name).mkdir()
+            shutil.copy(runtime / "model.py", target / runtime.name)
+
+
+def _ports(host: str, *wanted: int) -> list[int]:
+    """The ports asked for, with a free one in the place of each 0.
+
+    Raises:
+        NoisecError: a port is taken or may not be used.
+    """
+    sockets: list[socket.socket] = []
+    try:
+        for port in wanted:
+            probe = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+            sockets.append(probe)
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except (OSError, OverflowError) as error:
+                raise NoisecError(f"cannot listen on {host}:{port}: {error}; choose another port, or 0 for a free one") from error
+        return [int(probe.getsockname()[1]) for probe in sockets]
+    finally:
+        for probe in sockets:
+            probe.close()
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set; the former handlers come back at the end."""
+    stop = threading.Event()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    former = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def serve(repository: Path, *, host: str, http_port: int, grpc_port: int, metrics_port: int, verbose: bool) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    Raises:
+        NoisecError: the server cannot start, or has stopped by itself.
+    """
+    server = EmbeddedServer(repository, host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port, verbose=verbose)
+    with stop_signals() as stop, server:
+        print(f"ready: gRPC {server.grpc_url}, HTTP http://{server.http_url}, metrics {server.metrics_url}", flush=True)
+        print(f"guards: {', '.join(guards(repository))}; stop with Ctrl-C", flush=True)
+        while not stop.wait(0.5):
+            if not server.is_alive():
+                raise NoisecError(f"the server stopped by itself; the end of its log:\n{server.reasons()}")
+        print("stopping", flush=True)

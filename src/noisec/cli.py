@@ -1,0 +1,196 @@
+"""The command line: a thin layer over functions."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import noisec
+from noisec.errors import NoisecError
+
+app = typer.Typer(
+    help='Label and "is this input an attack?" in one Triton call.',
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+EXTRAS = {
+    "build": (
+        "torch",
+        "onnx",
+        "onnxruntime",
+        "onnxscript",
+        "sklearn",
+        "pydantic",
+        "pooch",
+        "art",
+        "matplotlib",
+        "tomli",
+        "packaging",
+        "multiprocess",
+    ),
+    "serve": ("pytriton", "psutil"),
+}
+"""extra -> modules that only it installs"""
+console = Console()
+
+Repository = Annotated[Path, typer.Argument(help="Model repository: a folder with one or more guards.")]
+Url = Annotated[str, typer.Option("--url", "-u", help="gRPC address of the server.")]
+GuardName = Annotated[str, typer.Option("--guard", "-g", help="Name of the guard.")]
+
+
+def main() -> None:
+    """Run the command line; errors that the user can mend are printed alone, without a traceback, and end with exit code 1."""
+    try:
+        app()
+    except NoisecError as error:
+        sys.exit(f"noisec: {error}")
+    except ModuleNotFoundError as error:
+        extra = next((extra for extra, modules in EXTRAS.items() if (error.name or "").split(".")[0] in modules), None)
+        if extra is None:
+            raise
+        sys.exit(f"noisec: this command needs {error.name}: pip install 'noisec-triton[{extra}]'")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.print(noisec.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def build(
+    spec: Annotated[Path, typer.Argument(help="The guard's TOML file.")],
+    repository: Annotated[Path, typer.Option("--repository", "-r", help="Model repository to write into.")] = Path("model_repository"),
+    work: Annotated[Path, typer.Option(help="Folder for finished steps; a re-run reuses them.")] = Path("build"),
+) -> None:
+    """Build a guard: data, training, export, calibration, report, model repository.
+
+    Example: `noisec build builders/guards/fashion_mnist.toml --repository model_repository`
+    """
+    from noisec.builders.build import build as build_guard
+    from noisec.builders.spec import read_spec
+
+    guard = read_spec(spec)
+    build_guard(guard, repository, work / guard.name)
+    console.print(f"{repository}: {guard.name} release {guard.release} is ready; serve it with: noisec serve {repository}")
+
+
+@app.command()
+def serve(
+    repository: Repository,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    http_port: Annotated[int, typer.Option(help="0 takes a free port.", min=0, max=65535)] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="0 takes a free port.", min=0, max=65535)] = 8001,
+    metrics_port: Annotated[int, typer.Option(help="0 takes a free port.", min=0, max=65535)] = 8002,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print Triton's own log.")] = False,
+) -> None:
+    """Serve a model repository with the embedded Triton until Ctrl-C or SIGTERM.
+
+    Example: `noisec serve model_repository --grpc-port 9001`
+    """
+    from noisec.python_backend.server import serve as serve_repository
+
+    serve_repository(repository, host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port, verbose=verbose)
+
+
+@app.command()
+def classify(
+    files: Annotated[list[Path], typer.Argument(help="Image files, or .npz files with an array `images`.")],
+    guard: GuardName,
+    url: Url = "localhost:8001",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the verdicts as JSON; - for standard output.")] = None,
+    labels_only: Annotated[bool, typer.Option(help="Ask only for labels: the server runs only the classifier.")] = False,
+) -> None:
+    """Ask a served guard about images.
+
+    Example: `noisec classify --guard fashion_mnist shoe.png shirt.png --json verdicts.json`
+    """
+    from noisec.clients import GuardClient
+    from noisec.clients.files import read_images, verdict_rows
+
+    with GuardClient(url, guard) as client:
+        names, images = read_images(files, client.interface)
+        rows = verdict_rows(names, client.classify(images, labels_only=labels_only), client.interface)
+    if json_file != Path("-"):
+        _show(f"{guard} at {url}", list(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
+    if json_file:
+        _write_json(json_file, rows)
+
+
+@app.command()
+def verify(
+    repository: Repository,
+    guard: Annotated[str | None, typer.Option("--guard", "-g", help="Only this guard.")] = None,
+) -> None:
+    """Compare every file of a model repository with the digests in its manifests.
+
+    Example: `noisec verify model_repository`
+    """
+    from noisec.manifest import guards, releases
+    from noisec.manifest import verify as verify_release
+
+    found = [guard] if guard else guards(repository)
+    if not found:
+        raise NoisecError(f"{repository}: no guard in this folder")
+    pairs = [(name, release) for name in found for release in releases(repository, name)[-1:]]
+    problems = [problem for name, release in pairs for problem in verify_release(repository, name, release)]
+    if problems:
+        raise NoisecError("\n".join([f"{repository}: {len(problems)} files differ from the manifest", *problems]))
+    for name, release in pairs:
+        console.print(f"{name} release {release}: every file is as it was built")
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for the guard, the picture and the figures.")] = Path("demo"),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+) -> None:
+    """Build a guard from scratch, serve it on a real Triton, attack it over gRPC and show what it catches (about 3 minutes on 2 cores).
+
+    Example: `noisec demo --json figures.json`
+    """
+    from noisec.benchmarks.demo import run_demo
+
+    figures, heads, rows = run_demo(folder)
+    _show("Answers over gRPC", heads, rows)
+    console.print(
+        f"{figures['requests_per_second']:.0f} single-image requests/s; {figures['seconds']:.0f} s in all; picture: {folder / 'demo.png'}"
+    )
+    for path in filter(None, [folder / "figures.json", json_file]):
+        _write_json(path, figures)
+
+
+def _show(title: str, heads: list[str], rows: list[list[str]]) -> None:
+    table = Table(title=title)
+    for index, head in enumerate(heads):
+        table.add_column(head, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=2) + "\n"
+    if path == Path("-"):
+        sys.stdout.write(text)
+    else:
+        path.write_text(text)

@@ -1,0 +1,56 @@
+"""The tensor contract: the names that builders write, the server runs and clients send.
+
+Shapes are per row, without the batch dimension. ``C, H, W`` is the image, ``d`` the width of the classifier's penultimate layer.
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Final, Literal
+
+IMAGE: Final = "IMAGE"
+"""fp32 [C, H, W], pixels in [0, 1]"""
+NOISE: Final = "NOISE"
+"""fp32 [C, H, W], ``IMAGE - A(IMAGE)``: signed, unclipped (NoiSec section 4.1)"""
+RECONSTRUCTION: Final = "RECONSTRUCTION"
+"""fp32 [C, H, W], ``A(IMAGE)``"""
+NOISE_LEVEL: Final = "NOISE_LEVEL"
+"""fp32 [1], root mean square of the noise"""
+IN_RANGE: Final = "IN_RANGE"
+"""fp32 [1], 1 where every pixel is a number in [0, 1], else 0: the scorer then calls the input malicious"""
+LOGITS: Final = "LOGITS"
+"""fp32 [classes]"""
+PENULTIMATE: Final = "PENULTIMATE"
+"""fp32 [d], the classifier's penultimate activations ``F``"""
+SCORE: Final = "SCORE"
+"""fp32 [1], how unnatural the input is, in nats; higher is more suspicious"""
+P_VALUE: Final = "P_VALUE"
+"""fp32 [1], conformal p-value of SCORE on clean images, in (0, 1]"""
+IS_MALICIOUS: Final = "IS_MALICIOUS"
+"""bool [1], ``not (SCORE <= threshold)``"""
+RELEASE: Final = "RELEASE"
+"""int32 [1], the release that gave the verdict"""
+
+PIXEL_TOLERANCE: Final = 1e-4
+"""How far a pixel may lie outside [0, 1] (rounding of a caller's own arithmetic) before the input counts as no image at all."""
+
+VERDICT: Final = (SCORE, P_VALUE, IS_MALICIOUS, RELEASE)
+OUTPUTS: Final = (LOGITS, *VERDICT)
+"""What the ensemble answers."""
+
+Pass = Literal["noise", "image", "reconstruction"]
+PASSES: Final = MappingProxyType(
+    {"noise": "NOISE_PENULTIMATE", "image": "IMAGE_PENULTIMATE", "reconstruction": "RECONSTRUCTION_PENULTIMATE"}
+)
+"""A classifier pass of the ensemble -> the scorer's input that carries its penultimate activations."""
+
+View = Literal["noise", "delta", "image"]
+VIEWS: Final = MappingProxyType[str, tuple[Pass, ...]]({"noise": ("noise",), "delta": ("image", "reconstruction"), "image": ("image",)})
+"""What a detector looks at -> the classifier passes it needs: F(n), F(x) - F(A(x)), F(x)."""
+
+STAGES: Final = ("autoencoder", "classifier", "scorer")
+
+
+def stage_model(guard: str, stage: str) -> str:
+    """Triton model name of one stage, for example ``fashion_mnist_scorer``."""
+    return f"{guard}_{stage}"
