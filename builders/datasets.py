@@ -6,7 +6,9 @@ import gzip
 import os
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -181,13 +183,8 @@ def load_splits(spec: DataSpec, seed: int) -> Splits:
         NoisecError: the source is too small, or a class is missing from the training set.
     """
     pool, held_out = load_pools(spec)
-    generator = np.random.default_rng(seed)
     learn, judge = (spec.train, spec.fit), (spec.calibrate, spec.report)
-    parts = (
-        _cut(pool, (*learn, *judge), spec, generator)
-        if held_out is None
-        else [*_cut(pool, learn, spec, generator), *_cut(held_out, judge, spec, generator)]
-    )
+    parts = cut(pool, (*learn, *judge), [seed]) if held_out is None else [*cut(pool, learn, [seed]), *cut(held_out, judge, [seed, 1])]
     names = spec.class_names or (FASHION_MNIST_CLASSES if spec.source.startswith("fashion-mnist") else ())
     classes = int(pool.labels.max()) + 1
     names = names or tuple(map(str, range(classes)))
@@ -199,12 +196,17 @@ def load_splits(spec: DataSpec, seed: int) -> Splits:
     return Splits(*parts, class_names=names)
 
 
-def _cut(pool: Images, sizes: tuple[int, ...], spec: DataSpec, generator: np.random.Generator) -> list[Images]:
+def cut(pool: Images, sizes: Sequence[int], seed: Sequence[int]) -> list[Images]:
+    """Disjoint random sets of the given sizes.
+
+    Raises:
+        NoisecError: the pool is too small.
+    """
     if sum(sizes) > len(pool):
-        raise NoisecError(f"data: {sizes} images asked for, {sum(sizes)} in all, of a {spec.source} pool of {len(pool)}; ask for fewer")
-    order = generator.permutation(len(pool))
-    edges = np.cumsum((0, *sizes))
-    return [pool[order[start:stop]] for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+        raise NoisecError(f"data: {sizes} images asked for, {sum(sizes)} in all, of a pool of {len(pool)}; ask for fewer")
+    order = np.random.default_rng(seed).permutation(len(pool))
+    edges = np.cumsum([0, *sizes])
+    return [pool[order[start:stop]] for start, stop in pairwise(edges)]
 
 
 def with_natural_noise(images: npt.NDArray[np.float32], deviation: float, seed: int) -> npt.NDArray[np.float32]:

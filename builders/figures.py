@@ -37,7 +37,7 @@ def tpr_at(benign: Floats, malicious: Floats, fpr: float) -> float:
     return float(np.mean(malicious > np.quantile(benign, 1 - fpr, method="higher")))
 
 
-def attack_figures(clean: Answers, attacked: Answers, succeeded: npt.NDArray[np.bool_]) -> dict[str, float]:
+def attack_figures(clean: Answers, attacked: Answers, succeeded: npt.NDArray[np.bool_]) -> dict[str, float | None]:
     """Figures of one attack against clean images.
 
     Args:
@@ -50,7 +50,7 @@ def attack_figures(clean: Answers, attacked: Answers, succeeded: npt.NDArray[np.
         "auroc": auroc(benign, malicious),
         "tpr_at_1pct": tpr_at(benign, malicious, 0.01),
         "tpr_at_5pct": tpr_at(benign, malicious, 0.05),
-        "tpr_at_1pct_successful": tpr_at(benign, malicious[succeeded], 0.01) if succeeded.any() else float("nan"),
+        "tpr_at_1pct_successful": tpr_at(benign, malicious[succeeded], 0.01) if succeeded.any() else None,
         "joint_success": float((succeeded & ~attacked.is_malicious).mean()),
         "n": len(malicious),
     }

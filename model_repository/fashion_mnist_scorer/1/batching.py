@@ -1,0 +1,39 @@
+"""Many requests, one computation, one answer each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import triton_python_backend_utils as pb_utils
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+Compute = Callable[[Arrays, Sequence[str]], Arrays]
+"""(input name -> [n, ...], wanted output names) -> output name -> [n, ...]"""
+
+
+def answer(requests: Sequence[Any], inputs: Sequence[str], compute: Compute) -> list[Any]:
+    """One response for each request, computed together.
+
+    Where the joint computation fails, every request is tried on its own, so that an error answers only the request that caused it.
+    """
+    try:
+        return _answer_together(requests, inputs, compute)
+    except Exception as error:
+        if len(requests) == 1:
+            return [pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{type(error).__name__}: {error}"))]
+        return [answer([request], inputs, compute)[0] for request in requests]
+
+
+def _answer_together(requests: Sequence[Any], inputs: Sequence[str], compute: Compute) -> list[Any]:
+    arrays = {name: [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for request in requests] for name in inputs}
+    joined = {name: parts[0] if len(parts) == 1 else np.concatenate(parts) for name, parts in arrays.items()}
+    wanted = [list(request.requested_output_names()) for request in requests]
+    results = compute(joined, sorted({name for names in wanted for name in names}))
+    edges = np.cumsum([0, *(len(part) for part in arrays[inputs[0]])])
+    return [
+        pb_utils.InferenceResponse([pb_utils.Tensor(name, results[name][start:stop]) for name in names])
+        for names, start, stop in zip(wanted, edges[:-1], edges[1:], strict=True)
+    ]

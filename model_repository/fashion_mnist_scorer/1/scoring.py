@@ -1,0 +1,246 @@
+"""From penultimate activations to a verdict: the one home of the scoring maths.
+
+NumPy only, because that is what a stock Triton container has. Arrays go in and arrays come out; ``n`` is the number of rows,
+``d`` the width of the penultimate layer, ``K`` the number of Gaussian components and ``L`` the number of noise levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.intp]
+
+NOISE_LEVEL = "NOISE_LEVEL"
+IN_RANGE = "IN_RANGE"
+"""tensors of the autoencoder stage that every scorer reads, float32 [n, 1]"""
+
+Part = TypeVar("Part", "GaussianMixture", "TailScale")
+
+
+@dataclass(frozen=True)
+class GaussianMixture:
+    """A Gaussian mixture with full covariances (NoiSec section 4.3; the paper uses one component)."""
+
+    weights: Floats
+    """[K], summing to 1"""
+    means: Floats
+    """[K, d]"""
+    factors: Floats
+    """[K, d, d], lower triangular: ``factor @ factor.T`` is the inverse covariance"""
+
+    def score(self, vectors: Floats) -> Floats:
+        """Negative log-likelihood ``-log p(t)``: float32 [n] in nats from float32 [n, d]; NaN where the vector is not finite."""
+        whitened = np.matmul(vectors[None] - self.means[:, None], self.factors)  # [K, n, d]
+        squared = np.einsum("knd,knd->kn", whitened, whitened)
+        log_determinants = np.log(np.diagonal(self.factors, axis1=1, axis2=2)).sum(axis=1)  # [K]
+        constants = np.log(self.weights) + log_determinants - 0.5 * vectors.shape[1] * np.log(2 * np.pi)
+        joint = constants[:, None] - 0.5 * squared
+        peak = joint.max(axis=0)
+        result: Floats = -(peak + np.log(np.exp(joint - peak).sum(axis=0))).astype(np.float32)
+        return result
+
+
+@dataclass(frozen=True)
+class TailScale:
+    """Raw scores in units that detectors share: ``-log`` of the share of clean images that score as high.
+
+    Piecewise linear through quantiles of clean scores, and on in a straight line past both ends (an exponential tail), so that it
+    stays strictly increasing and never saturates.
+    """
+
+    scores: Floats
+    """[m], quantiles of clean scores, strictly ascending"""
+    surprisals: Floats
+    """[m], ``-log`` of the share of clean images above each"""
+
+    def __call__(self, raw: Floats) -> Floats:
+        """float32 [n] in nats from float32 [n]"""
+        inside = np.interp(raw, self.scores, self.surprisals)
+        slopes = np.diff(self.surprisals) / np.diff(self.scores)
+        below = np.minimum(raw - self.scores[0], 0) * slopes[0]
+        above = np.maximum(raw - self.scores[-1], 0) * slopes[-1]
+        result: Floats = (inside + below + above).astype(np.float32)
+        return result
+
+
+@dataclass(frozen=True)
+class Detector:
+    """Mixtures on one view, one for each noise level.
+
+    Clean images leave almost no noise, sensor noise leaves some: one mixture for both would call every noisy image unnatural, or hide
+    small perturbations of clean ones. Each input is therefore compared with natural inputs of its own noise level, and the scales make
+    the levels' scores comparable.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    """tensors that the view reads: one is taken as it is, of two the second is subtracted from the first"""
+    mixtures: tuple[GaussianMixture, ...]
+    """[L]"""
+    scales: tuple[TailScale, ...]
+    """[L]"""
+
+    def view(self, activations: Mapping[str, Floats]) -> Floats:
+        """float32 [n, d]: F(n), F(x), or the noise measured in feature space, dF = F(x) - F(A(x))."""
+        first, *rest = (activations[name] for name in self.inputs)
+        return first - rest[0] if rest else first
+
+    def score(self, activations: Mapping[str, Floats], levels: Integers) -> Floats:
+        """Surprisal of the view among natural inputs of the same noise level.
+
+        Args:
+            activations: tensor name -> float32 [n, d]
+            levels: int [n], in [0, L)
+
+        Returns:
+            float32 [n] in nats, NaN where the activations are not finite
+        """
+        vectors = self.view(activations)
+        result = np.empty(len(vectors), np.float32)
+        for level in np.unique(levels):
+            rows = levels == level
+            result[rows] = self.scales[level](self.mixtures[level].score(vectors[rows]))
+        return result
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the scorer says of ``n`` inputs."""
+
+    score: Floats
+    """[n], nats; higher is more suspicious"""
+    p_value: Floats
+    """[n], in (0, 1]"""
+    is_malicious: npt.NDArray[np.bool_]
+    """[n]"""
+
+
+def conformal_p_values(calibration: Floats, scores: Floats) -> Floats:
+    """``(1 + number of calibration scores >= score) / (1 + m)``, the smallest possible value where the score is NaN.
+
+    Valid whatever the scores' distribution: on inputs exchangeable with the calibration images it is at most alpha with a
+    probability of at most alpha (Vovk et al. 2005).
+
+    Args:
+        calibration: float32 [m], ascending
+        scores: float32 [n]
+
+    Returns:
+        float32 [n]
+    """
+    at_least = len(calibration) - np.searchsorted(calibration, scores, side="left")
+    result: Floats = ((1 + at_least) / (1 + len(calibration))).astype(np.float32)
+    return result
+
+
+def conformal_threshold(calibration: Floats, alpha: float) -> np.float32:
+    """The score above which the conformal p-value is at most ``alpha``.
+
+    Args:
+        calibration: float32 [m], ascending
+        alpha: nominal false-positive rate
+
+    Raises:
+        ValueError: ``m`` calibration scores cannot promise ``alpha``.
+    """
+    above = int(alpha * (1 + len(calibration)) + 1e-9)
+    if above < 1:
+        raise ValueError(f"{len(calibration)} calibration scores cannot promise a false-positive rate of {alpha}; 1/alpha - 1 are needed")
+    threshold: np.float32 = calibration[len(calibration) - above]
+    return threshold
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Detectors, fused and calibrated: the artefact ``scorer.npz``."""
+
+    release: int
+    alpha: float
+    """nominal false-positive rate"""
+    edges: Floats
+    """[L - 1], root mean square noise that parts the levels, ascending"""
+    detectors: tuple[Detector, ...]
+    calibration: Floats
+    """[m], scores of the calibration images, ascending"""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the tensors to feed: float32 [n, d] for each classifier pass, and [n, 1] NOISE_LEVEL and IN_RANGE."""
+        return tuple(dict.fromkeys([*(name for detector in self.detectors for name in detector.inputs), NOISE_LEVEL, IN_RANGE]))
+
+    @property
+    def threshold(self) -> np.float32:
+        return conformal_threshold(self.calibration, self.alpha)
+
+    def score_each(self, tensors: Mapping[str, Floats]) -> Floats:
+        """Every detector's surprisal: float32 [number of detectors, n] in nats, NaN where the input is no image."""
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            levels = np.searchsorted(self.edges, tensors[NOISE_LEVEL][:, 0], side="right")
+            scores = np.stack([detector.score(tensors, levels) for detector in self.detectors])
+        # A NaN in the image need not survive the networks (ReLU and max pooling may drop it); the range flag does.
+        scores[:, tensors[IN_RANGE][:, 0] != 1] = np.nan
+        return scores
+
+    def score(self, tensors: Mapping[str, Floats]) -> Floats:
+        """The fused score: the most surprised detector's surprisal (Tippett's rule on the detectors' p-values).
+
+        Args:
+            tensors: name -> float32 [n, d] or [n, 1], as ``inputs`` lists them
+
+        Returns:
+            float32 [n], NaN where any detector's is
+        """
+        fused: Floats = self.score_each(tensors).max(axis=0)
+        return fused
+
+    def verdict(self, tensors: Mapping[str, Floats]) -> Verdict:
+        """Score, conformal p-value and verdict. A score that is not a number is malicious: a broken detector never says benign."""
+        score = self.score(tensors)
+        return Verdict(score, conformal_p_values(self.calibration, score), ~(score <= self.threshold))
+
+    def save(self, path: Path) -> None:
+        """Write the artefact; plain arrays only, no pickle."""
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "release": np.array(self.release, np.int32),
+            "alpha": np.array(self.alpha),
+            "edges": self.edges,
+            "detectors": np.array([detector.name for detector in self.detectors]),
+            "calibration": self.calibration,
+        }
+        for detector in self.detectors:
+            arrays[f"{detector.name}/inputs"] = np.array(detector.inputs)
+            for level, (mixture, scale) in enumerate(zip(detector.mixtures, detector.scales, strict=True)):
+                arrays |= {f"{detector.name}/{level}/{key}": value for part in (mixture, scale) for key, value in vars(part).items()}
+        np.savez(path, **arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> Scorer:
+        """Read the artefact.
+
+        Raises:
+            ValueError, OSError, KeyError: the file is no such artefact.
+        """
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = dict(archive)
+        edges = arrays["edges"]
+
+        def read(kind: type[Part], prefix: str) -> Part:
+            return kind(**{key: arrays[f"{prefix}/{key}"] for key in kind.__dataclass_fields__})
+
+        detectors = tuple(
+            Detector(
+                name,
+                tuple(map(str, arrays[f"{name}/inputs"])),
+                tuple(read(GaussianMixture, f"{name}/{level}") for level in range(len(edges) + 1)),
+                tuple(read(TailScale, f"{name}/{level}") for level in range(len(edges) + 1)),
+            )
+            for name in map(str, arrays["detectors"])
+        )
+        return cls(int(arrays["release"]), float(arrays["alpha"]), edges, detectors, arrays["calibration"])

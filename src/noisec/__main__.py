@@ -1,0 +1,5 @@
+"""``python -m noisec``."""
+
+from noisec.cli import main
+
+main()

@@ -1,0 +1,48 @@
+"""A real tritonserver with the reference guard, and real images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from noisec.builders.datasets import Images, cut, fashion_mnist
+from noisec.builders.spec import GUARDS, GuardSpec, read_spec
+from noisec.clients import GuardClient
+from noisec.python_backend.server import EmbeddedServer
+
+ROOT = Path(__file__).parent.parent
+REPOSITORY = ROOT / "model_repository"
+GUARD = "fashion_mnist"
+
+
+@pytest.fixture(scope="session")
+def spec() -> GuardSpec:
+    return read_spec(GUARDS / f"{GUARD}.toml")
+
+
+@pytest.fixture(scope="session")
+def report(spec: GuardSpec) -> Images:
+    """Clean images that neither trained, fitted nor calibrated the reference guard."""
+    return cut(fashion_mnist("t10k"), (spec.data.calibrate, spec.data.report), [spec.seed, 1])[1]
+
+
+@pytest.fixture(scope="session")
+def pixels(report: Images) -> npt.NDArray[np.float32]:
+    """float32 [200, 1, 28, 28]"""
+    return report[:200].floats()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[EmbeddedServer]:
+    with EmbeddedServer(REPOSITORY) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: EmbeddedServer) -> Iterator[GuardClient]:
+    with GuardClient(server.grpc_url, GUARD) as connected:
+        yield connected

@@ -1,0 +1,135 @@
+"""A small guard from the user's own images, in one command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from noisec.builders import build as building
+from noisec.builders.datasets import fashion_mnist
+from noisec.builders.spec import read_spec
+from noisec.clients import GuardClient
+from noisec.manifest import read_manifest, verify
+from noisec.python_backend.server import EmbeddedServer
+
+GUARD = """
+name = "mine"
+release = 2
+target_fpr = 0.05
+natural_noise_sd = 0.02
+
+[data]
+source = "npz"
+path = "images.npz"
+class_names = ["a", "b", "c"]
+train = 600
+fit = 400
+calibrate = 200
+report = 100
+
+[classifier]
+network = "conv3"
+epochs = 1
+
+[autoencoder]
+network = "unet-small"
+epochs = 1
+
+[[detectors]]
+view = "noise"
+components = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("mine")
+    images = fashion_mnist("t10k")
+    few = images[np.flatnonzero(images.labels < 3)[:1300]]
+    np.savez(folder / "images.npz", images=few.pixels[:, 0], labels=few.labels)
+    (folder / "guard.toml").write_text(GUARD)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def guard(folder):
+    return building.build(read_spec(folder / "guard.toml"), folder / "repository", folder / "work")
+
+
+def test_a_guard_is_built_from_ones_own_images_and_served(guard):
+    assert verify(guard.repository, "mine") == []
+    with EmbeddedServer(guard.repository) as server, GuardClient(server.grpc_url, "mine") as client:
+        verdicts = client.classify(guard.splits.report.pixels)
+        assert client.interface.class_names == ("a", "b", "c")
+    assert (verdicts.releases == 2).all()
+    figures = read_manifest(guard.repository, "mine")["figures"]
+    assert np.mean(verdicts.labels == guard.splits.report.labels) == pytest.approx(figures["accuracy"])
+    assert verdicts.is_malicious.mean() == pytest.approx(figures["fpr"])
+
+
+def test_the_published_view_costs_two_classifier_passes(guard):
+    config = (guard.repository / "mine" / "config.pbtxt").read_text()
+    assert config.count('model_name: "mine_classifier"') == 2
+    assert "RECONSTRUCTION" not in config
+
+
+def test_exported_stages_equal_their_networks(guard):
+    differences = read_manifest(guard.repository, "mine")["export_difference"]
+    assert max(differences.values()) < 1e-4
+
+
+def test_a_second_run_reuses_every_finished_step_and_says_so(guard, folder, capfd, monkeypatch):
+    def never(*arguments):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(building, "train_classifier", never)
+    monkeypatch.setattr(building, "train_autoencoder", never)
+    before = read_manifest(guard.repository, "mine")["files"]
+    building.build(guard.spec, guard.repository, folder / "work")
+    assert read_manifest(guard.repository, "mine")["files"] == before
+    said = capfd.readouterr().err
+    for step in ("classifier", "autoencoder", "export", "scorer", "report"):
+        assert f"{step}: unchanged, reused" in said
+
+
+def test_a_changed_rate_repeats_only_the_calibration(guard, folder, capfd):
+    building.build(guard.spec.model_copy(update={"target_fpr": 0.1, "release": 3}), guard.repository, folder / "work")
+    said = capfd.readouterr().err
+    assert "classifier: unchanged" in said
+    assert "export: unchanged" in said
+    assert "scorer: done" in said
+    content = read_manifest(guard.repository, "mine")
+    assert content["release"] == 3
+    assert content["threshold"] < read_manifest(guard.repository, "mine", 2)["threshold"]
+
+
+def test_an_interrupted_step_is_not_taken_for_a_finished_one(tmp_path):
+    from noisec.builders.workbench import Workbench
+
+    bench, runs = Workbench(tmp_path), []
+
+    def make(folder: Path) -> None:
+        runs.append(folder)
+        (folder / "half").write_text("")
+        if len(runs) == 1:
+            raise KeyboardInterrupt
+        (folder / "whole").write_text("")
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.step("train", {"epochs": 1}, make)
+    done = bench.step("train", {"epochs": 1}, make)
+    assert sorted(path.name for path in done.iterdir()) == ["half", "step.json", "whole"]
+    assert bench.step("train", {"epochs": 1}, make) == done
+    assert bench.step("train", {"epochs": 2}, make) != done
+    assert len(runs) == 3
+
+
+def test_the_manifest_tells_what_the_guard_is_made_of(guard):
+    content = read_manifest(guard.repository, "mine", 2)
+    assert content["spec"]["detectors"] == [{"view": "noise", "components": 2}]
+    assert {"torch", "onnxruntime", "numpy", "noisec-triton"} <= set(content["versions"])
+    assert content["figures"]["attacks"]["pgd-0.1"].keys() >= {"success", "flagged", "auroc", "tpr_at_1pct"}
+    json.dumps(content, allow_nan=False)

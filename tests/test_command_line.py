@@ -1,0 +1,79 @@
+"""The command line, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import GUARD, REPOSITORY
+from PIL import Image
+
+
+def noisec(*arguments, code=0):
+    """Standard output of a command that is expected to end with ``code``; its errors where that is not 0."""
+    done = subprocess.run([sys.executable, "-m", "noisec", *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr if code else done.stdout
+
+
+@pytest.fixture
+def files(tmp_path, report):
+    Image.fromarray(report.pixels[0, 0]).save(tmp_path / "one.png")
+    noise = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
+    np.savez(tmp_path / "two.npz", images=np.stack([report.pixels[1, 0], noise])[:, None])
+    return [tmp_path / "one.png", tmp_path / "two.npz"]
+
+
+def test_classify_prints_a_table_and_writes_json(server, client, files, tmp_path, report):
+    out = noisec("classify", "--url", server.grpc_url, "--guard", GUARD, *files, "--json", tmp_path / "verdicts.json")
+    rows = json.loads((tmp_path / "verdicts.json").read_text())
+    expected = client.classify(report.pixels[:2])
+    assert [row["label"] for row in rows[:2]] == expected.labels.tolist()
+    assert [row["malicious"] for row in rows[:2]] == expected.is_malicious.tolist()
+    assert rows[2]["malicious"] is True
+    assert rows[2]["file"].endswith("two.npz[1]")
+    assert client.interface.name_of(expected.labels[0]) in out
+    assert "malicious" in out
+
+
+def test_classify_writes_only_json_to_standard_output(server, files):
+    rows = json.loads(noisec("classify", "--url", server.grpc_url, "--guard", GUARD, *files, "--json", "-", "--labels-only"))
+    assert [sorted(row) for row in rows] == [["class", "file", "label"]] * 3
+
+
+def test_files_that_do_not_fit_are_named(server, tmp_path):
+    Image.new("L", (32, 32)).save(tmp_path / "large.png")
+    (tmp_path / "text.png").write_text("not a picture")
+    np.savez(tmp_path / "other.npz", pictures=np.zeros(3))
+    for name, message in {
+        "large.png": "large.png: the picture is 32 x 32; fashion_mnist takes 28 x 28",
+        "text.png": "text.png: not a readable picture",
+        "other.npz": "other.npz: no array 'images'; it holds ['pictures']",
+        "missing.png": "missing.png: not a readable picture",
+        "missing.npz": "missing.npz: not a readable npz file",
+    }.items():
+        assert message in noisec("classify", "-u", server.grpc_url, "-g", GUARD, tmp_path / name, code=1)
+
+
+def test_verify_tells_an_untouched_repository_from_a_changed_one(tmp_path):
+    import shutil
+
+    assert "every file is as it was built" in noisec("verify", REPOSITORY)
+    copy = shutil.copytree(REPOSITORY, tmp_path / "copy")
+    (copy / GUARD / "config.pbtxt").write_text("")
+    assert f"{GUARD}/config.pbtxt: changed since the build" in noisec("verify", copy, code=1)
+
+
+def test_errors_are_printed_alone(tmp_path):
+    assert "no such file; reference guards" in noisec("build", tmp_path / "none.toml", code=1)
+    assert "no guard in this folder" in noisec("serve", tmp_path, code=1)
+    assert "no guard in this folder" in noisec("verify", tmp_path, code=1)
+
+
+@pytest.mark.parametrize("command", ["build", "serve", "classify", "verify", "demo"])
+def test_every_command_explains_itself_with_an_example(command):
+    assert f"noisec {command}" in noisec(command, "--help").replace("\n", " ")

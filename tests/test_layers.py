@@ -1,0 +1,40 @@
+"""Which part may import which."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+FORBIDDEN = {
+    "src/noisec": (),
+    "clients": ("noisec.builders", "noisec.python_backend", "noisec.benchmarks", "torch", "onnx", "onnxruntime", "sklearn", "pydantic"),
+    "python_backend": ("noisec.builders", "noisec.clients", "noisec.benchmarks", "torch", "sklearn", "pydantic"),
+    "builders": ("noisec.clients", "noisec.benchmarks"),
+}
+
+
+def imports(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    plain = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    return plain | {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+
+
+@pytest.mark.parametrize("room", FORBIDDEN)
+def test_no_room_imports_what_it_may_not(room):
+    found = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in (ROOT / room).rglob("*.py")
+        for name in imports(path)
+        if any(name == other or name.startswith(f"{other}.") for other in FORBIDDEN[room])
+    }
+    assert not found
+
+
+def test_the_client_and_the_command_line_load_no_heavy_package():
+    code = "import noisec.clients, noisec.cli, sys; print([n for n in ('torch', 'onnx', 'sklearn', 'pydantic', 'pytriton') if n in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

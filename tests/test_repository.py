@@ -1,0 +1,110 @@
+"""The model repository is what the manifest says, and what a stock Triton expects."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import GUARD, REPOSITORY, ROOT
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from noisec import contract
+from noisec.builders.figures import percent
+from noisec.contract import stage_model
+from noisec.errors import NoisecError
+from noisec.manifest import manifest_path, read_manifest, releases, verify
+from noisec.python_backend.scorer import scoring
+
+CONFIGS = sorted(REPOSITORY.glob("*/config.pbtxt"))
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    return Path(shutil.copytree(REPOSITORY, tmp_path / "repository"))
+
+
+def read_config(path: Path) -> model_config_pb2.ModelConfig:
+    return text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
+
+
+def test_the_served_repository_equals_the_manifests_digests():
+    assert verify(REPOSITORY, GUARD) == []
+
+
+def test_every_change_to_a_file_is_named(copy):
+    scorer = copy / stage_model(GUARD, "scorer") / "1"
+    (scorer / "model.py").write_text("import os\n")
+    (scorer / "extra.py").write_text("")
+    (copy / stage_model(GUARD, "classifier") / "1" / "model.onnx").unlink()
+    assert sorted(verify(copy, GUARD)) == [
+        "fashion_mnist_classifier/1/model.onnx: missing",
+        "fashion_mnist_scorer/1/extra.py: not in the manifest",
+        "fashion_mnist_scorer/1/model.py: changed since the build",
+    ]
+
+
+def test_the_scorers_code_in_the_repository_is_the_packages():
+    for path in (REPOSITORY / stage_model(GUARD, "scorer") / "1").glob("*.py"):
+        assert path.read_bytes() == (Path(scoring.__file__).parent / path.name).read_bytes()
+
+
+def test_the_repository_is_small_enough_to_ship():
+    assert sum(path.stat().st_size for path in REPOSITORY.rglob("*") if path.is_file()) < 8e6
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.parent.name)
+def test_configs_are_complete(path):
+    config = read_config(path)
+    assert config.name == path.parent.name
+    assert config.backend or config.platform == "ensemble"
+    assert config.max_batch_size > 0
+    assert config.input
+    assert config.output
+    for tensor in [*config.input, *config.output]:
+        assert tensor.data_type != model_config_pb2.TYPE_INVALID
+        assert all(size > 0 for size in tensor.dims)
+    assert not config.response_cache.enable
+    assert list(path.parent.glob("[0-9]*/*")), "git drops an empty version directory"
+
+
+def test_ensemble_outputs_are_leaves_and_steps_are_pinned():
+    config = read_config(REPOSITORY / GUARD / "config.pbtxt")
+    steps = config.ensemble_scheduling.step
+    consumed = {tensor for step in steps for tensor in step.input_map.values()}
+    assert consumed.isdisjoint({output.name for output in config.output})
+    assert {step.model_version for step in steps} == {releases(REPOSITORY, GUARD)[-1]}
+    assert {output.name for output in config.output} == set(contract.OUTPUTS)
+
+
+def test_network_stages_use_the_backend_that_a_stock_triton_has():
+    for stage in ("autoencoder", "classifier"):
+        assert read_config(REPOSITORY / stage_model(GUARD, stage) / "config.pbtxt").backend == "onnxruntime"
+
+
+def test_the_scorer_imports_nothing_but_numpy():
+    allowed = {"__future__", "collections", "dataclasses", "json", "pathlib", "typing", "numpy", "triton_python_backend_utils", ""}
+    for path in (REPOSITORY / stage_model(GUARD, "scorer") / "1").glob("*.py"):
+        imported = re.findall(r"^\s*(?:from|import)\s+([\w.]*)", path.read_text(), flags=re.MULTILINE)
+        assert {name.split(".")[0] for name in imported} <= allowed
+
+
+def test_the_card_states_the_manifests_figures():
+    figures = read_manifest(REPOSITORY, GUARD)["figures"]
+    card = (REPOSITORY / GUARD / "README.md").read_text()
+    assert percent(figures["accuracy"]) in card
+    for name, attack in figures["attacks"].items():
+        row = next(line for line in card.splitlines() if line.startswith(f"| {name} "))
+        assert f"{attack['auroc']:.3f}" in row
+        assert percent(attack["tpr_at_1pct"]) in row
+
+
+def test_missing_guards_and_releases_are_named(copy):
+    with pytest.raises(NoisecError, match="no guard 'nobody'; guards here: \\['fashion_mnist'\\]"):
+        read_manifest(copy, "nobody")
+    with pytest.raises(NoisecError, match="no such manifest; releases of 'fashion_mnist' here: \\[1\\]"):
+        read_manifest(copy, GUARD, 7)
+    assert manifest_path(copy, GUARD, 1).is_file()
+    assert ROOT.joinpath("LICENSE").is_file()

@@ -1,0 +1,110 @@
+"""The embedded server starts, says why it cannot, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from conftest import GUARD, REPOSITORY
+
+from noisec.clients import GuardClient
+from noisec.contract import stage_model
+from noisec.errors import NoisecError
+from noisec.python_backend.server import EmbeddedServer
+
+SERVE = [sys.executable, "-m", "noisec", "serve", "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    return Path(shutil.copytree(REPOSITORY, tmp_path / "a repository"))
+
+
+def start_serving(repository):
+    """The running command and its gRPC address, once it says that it is ready."""
+    process = subprocess.Popen([*SERVE, str(repository)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    line = process.stdout.readline()
+    match = re.search(r"gRPC (\S+),", line)
+    assert match, line + process.stdout.read()
+    return process, match[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_serve_is_ready_in_ten_seconds_and_stops_without_a_trace(pixels, number):
+    start = time.monotonic()
+    process, url = start_serving(REPOSITORY)
+    assert time.monotonic() - start < 10
+    with GuardClient(url, GUARD) as client:
+        assert len(client.classify(pixels[:3])) == 3
+    children = psutil.Process(process.pid).children(recursive=True)
+    regions = list(Path("/dev/shm").glob(f"noisec-{process.pid}-*"))
+    assert len(children) >= 4
+    assert regions
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 0
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+    assert not [region for region in regions if region.exists()]
+
+
+def test_a_killed_parent_leaves_no_orphans():
+    process, _ = start_serving(REPOSITORY)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+
+
+def test_a_taken_port_is_named():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(NoisecError, match=rf"cannot listen on 127\.0\.0\.1:{port}: .*choose another port"):
+            EmbeddedServer(REPOSITORY, grpc_port=port)
+
+
+def test_a_folder_without_guards_is_refused(tmp_path):
+    with pytest.raises(NoisecError, match="no guard in this folder; build one with"):
+        EmbeddedServer(tmp_path)
+
+
+def test_a_repository_whose_path_holds_spaces_is_served(copy, pixels):
+    with EmbeddedServer(copy) as server, GuardClient(server.grpc_url, GUARD) as client:
+        assert len(client.classify(pixels[:2])) == 2
+
+
+def test_a_broken_scorer_stops_the_start_with_its_reason(copy):
+    (copy / stage_model(GUARD, "scorer") / "1" / "scorer.npz").write_bytes(b"not an archive")
+    with pytest.raises(NoisecError, match=r"the server stopped while it loaded(.|\n)*fashion_mnist_scorer"):
+        EmbeddedServer(copy).start()
+
+
+def test_a_broken_network_stops_the_start_with_its_reason(copy):
+    (copy / stage_model(GUARD, "autoencoder") / "1" / "model.onnx").write_bytes(b"not a graph")
+    with pytest.raises(NoisecError, match=r"the server stopped while it loaded(.|\n)*fashion_mnist_autoencoder"):
+        EmbeddedServer(copy).start()
+
+
+def test_a_scorer_that_expects_other_tensors_is_refused(copy):
+    config = copy / stage_model(GUARD, "scorer") / "config.pbtxt"
+    config.write_text(config.read_text().replace("NOISE_PENULTIMATE", "OTHER_PENULTIMATE"))
+    ensemble = copy / GUARD / "config.pbtxt"
+    ensemble.write_text(re.sub(r'key: "NOISE_PENULTIMATE"', 'key: "OTHER_PENULTIMATE"', ensemble.read_text()))
+    with pytest.raises(NoisecError, match="scorer.npz needs"):
+        EmbeddedServer(copy).start()
+
+
+def test_two_servers_run_side_by_side(server, pixels):
+    with EmbeddedServer(REPOSITORY) as other, GuardClient(server.grpc_url, GUARD) as one, GuardClient(other.grpc_url, GUARD) as two:
+        assert np.array_equal(one.classify(pixels[:5]).scores, two.classify(pixels[:5]).scores)
