@@ -28,4 +28,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build demo *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build demo workbench *.egg-info .mypy_cache .pytest_cache .ruff_cache

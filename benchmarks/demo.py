@@ -65,7 +65,7 @@ def run_demo(folder: Path) -> tuple[dict[str, Any], list[str], list[list[str]]]:
         clean, noisy = ask(client, sent.clean), ask(client, sent.noisy)
         answers = {name: ask(client, attacked.pixels) for name, attacked in sent.attacked.items()}
         rate = requests_per_second(server.grpc_url, spec.name, sent.clean)
-        examples = pick_examples(server.grpc_url, guard, sent, {"clean": clean, "sensor noise": noisy, **answers})
+        examples = pick_examples(client, server.grpc_url, guard, sent, clean, answers)
     figures = clean_figures(clean, noisy, report.labels, spec.target_fpr)
     figures["attacks"] = {
         name: attack_figures(clean, answers[name], attacked.succeeded(answers[name].labels)) for name, attacked in sent.attacked.items()
@@ -108,30 +108,34 @@ def requests_per_second(url: str, guard: str, images: Floats) -> float:
     return sum(counts) / (time.monotonic() - start)
 
 
-def pick_examples(url: str, guard: Guard, sent: Sent, answers: dict[str, Answers]) -> list[Example]:
-    """One image of each kind with its noise, as the served autoencoder answers it; the same image throughout, one that every attack changed."""
-    report, target = guard.splits.report, guard.spec.classifier.backdoor
-    assert target is not None
-    triggered = np.flatnonzero(report.labels != target.target)
-    changed = np.all([sent.attacked[name].succeeded(answers[name].labels)[triggered] for name in PICTURED if name != "badnets"], axis=0)
-    right = answers["clean"].labels[triggered] == report.labels[triggered]
-    place = int(np.argmax(changed & right & sent.attacked["badnets"].succeeded(answers["badnets"].labels)))
-    row = int(triggered[place])
-    kinds = {"clean": (sent.clean, row), "sensor noise": (sent.noisy, row)}
-    kinds |= {name: (sent.attacked[name].pixels, place if name == "badnets" else row) for name in PICTURED}
-    images = np.stack([pixels[index] for pixels, index in kinds.values()])
-    noise = served_noise(url, guard.spec.name, images)
-    names = guard.splits.class_names
+def pick_examples(client: GuardClient, url: str, guard: Guard, sent: Sent, clean: Answers, answers: dict[str, Answers]) -> list[Example]:
+    """One image of each kind, asked once more, with its noise as the served autoencoder answers it.
+
+    The same image throughout: the first that every pictured attack changed.
+    """
+    report, backdoor = guard.splits.report, guard.spec.classifier.backdoor
+    assert backdoor is not None
+    rows = np.flatnonzero(report.labels != backdoor.target)  # the trigger is on these alone
+    place = {name: np.arange(len(rows)) if name == "badnets" else rows for name in PICTURED}
+    fooled = [sent.attacked[name].succeeded(answers[name].labels)[place[name]] for name in PICTURED]
+    first = int(np.argmax(np.all([*fooled, clean.labels[rows] == report.labels[rows]], axis=0)))
+    image = sent.clean[rows[first]]
+    noisy = image + guard.spec.natural_noise_sd * np.random.default_rng(0).standard_normal(image.shape, dtype=np.float32)
+    kinds = {"clean": image, "sensor noise": noisy.clip(0, 1)}
+    kinds |= {name: sent.attacked[name].pixels[place[name][first]] for name in PICTURED}
+    images = np.stack(list(kinds.values()))
+    said = ask(client, images)
     return [
-        Example(
-            name,
-            image,
-            one,
-            names[int(answers[name].labels[index])],
-            float(answers[name].scores[index]),
-            bool(answers[name].is_malicious[index]),
+        Example(kind, image, noise, client.interface.name_of(label), score, malicious)
+        for kind, image, noise, label, score, malicious in zip(
+            kinds,
+            images,
+            served_noise(url, guard.spec.name, images),
+            said.labels.tolist(),
+            said.scores.tolist(),
+            said.is_malicious.tolist(),
+            strict=True,
         )
-        for (name, (_, index)), image, one in zip(kinds.items(), images, noise, strict=True)
     ]
 
 

@@ -36,7 +36,8 @@ class Example:
 def draw_demo(path: Path, examples: list[Example], clean: Answers, noisy: Answers, attacked: dict[str, Answers], threshold: float) -> None:
     """Examples with their noise and verdict on top, score histograms and ROC curves below."""
     figure = plt.figure(figsize=(12, 8.6), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.15, 1))
+    grid = figure.add_gridspec(2, 1, height_ratios=(1.15, 1))
+    top, bottom = (figure.add_subfigure(grid[row]) for row in range(2))
     for column, example in enumerate(examples):
         axes = top.add_subplot(2, len(examples), column + 1)
         axes.imshow(example.image.transpose(1, 2, 0).squeeze(), cmap="gray", vmin=0, vmax=1)
@@ -58,7 +59,7 @@ def draw_demo(path: Path, examples: list[Example], clean: Answers, noisy: Answer
 
 def _histograms(axes: Axes, answers: dict[str, Answers], threshold: float) -> None:
     top = 6 * threshold
-    bins = np.linspace(0, top, 60)
+    bins = np.linspace(0, top, 60).tolist()
     for name, one in answers.items():
         benign = name in ("clean", "sensor noise")
         axes.hist(
@@ -78,7 +79,7 @@ def _rocs(axes: Axes, clean: Answers, attacked: dict[str, Answers]) -> None:
     for name, one in attacked.items():
         benign, malicious = clean.ordered(), one.ordered()
         truth = np.repeat([0, 1], [len(benign), len(malicious)])
-        false, true, _ = roc_curve(truth, np.nan_to_num(np.concatenate([benign, malicious]), posinf=np.finfo(np.float32).max))
+        false, true, _ = roc_curve(truth, np.concatenate([benign, malicious]).clip(max=np.finfo(np.float32).max))
         axes.plot(np.maximum(false, 5e-4), true, label=f"{name}: {auroc(benign, malicious):.3f}", drawstyle="steps-post")
     axes.axvline(0.01, color="black", linestyle="--", linewidth=1)
     axes.set(title="ROC against clean images; AUROC in the legend", xlabel="false-positive rate (dashed: 1 %)", ylabel="true-positive rate")

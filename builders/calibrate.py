@@ -71,7 +71,8 @@ def fit_mixture(vectors: Floats, components: int, seed: int) -> GaussianMixture:
     if components == 1:
         members = np.zeros(rows, np.intp)
     else:
-        members = SklearnMixture(components, reg_covar=1e-4, random_state=seed).fit(vectors.astype(np.float64)).predict(vectors)
+        unit = vectors / vectors.std(axis=0).mean()
+        members = SklearnMixture(components, reg_covar=1e-3, random_state=seed).fit_predict(unit.astype(np.float64))
     counts = np.bincount(members, minlength=components)
     if counts.min() < 2:
         raise NoisecError(
@@ -81,7 +82,7 @@ def fit_mixture(vectors: Floats, components: int, seed: int) -> GaussianMixture:
     conditions = [float(np.linalg.cond(covariance)) for covariance in covariances]
     if not max(conditions) < 1e12:
         raise NoisecError(
-            f"a covariance of {width} penultimate activations has condition {max(conditions):.1e}, at most 1e12 is usable: are they constant?"
+            f"a covariance of {width} penultimate activations has condition {max(conditions):.1e}, at most 1e12 will do: are they constant?"
         )
     return GaussianMixture(
         weights=(counts / rows).astype(np.float32),

@@ -16,7 +16,7 @@ Protects a `{classifier}` classifier ({source}, {classes}). Ask the ensemble `{n
 ## Measured
 On {n} held-out images, white-box attacks on the classifier (L-infinity, epsilon in the name), exported stages in process.
 Nominal false-positive rate {alpha}; AUROC and TPR are against clean images; "flagged" is the guard's own verdict at its calibrated
-threshold; every attacked image counts, successful or not.
+threshold; "missed" is the share of attacks that succeeded and were not flagged; every attacked image counts, successful or not.
 
 {table}
 
@@ -24,7 +24,8 @@ An attacker who holds the guard's own weights is not among these attacks, and is
 
 ## Made of
 - autoencoder: `{autoencoder}`, trained on {train} clean images with noise of sd 0 to {noise_sd}{patches}
-- detectors: {detectors}, fitted on {fit} clean images and calibrated on {calibrate} others, half of them with sensor noise of sd 0 to {natural}
+- detectors: {detectors}, fitted on {fit} clean images and calibrated on {calibrate} others,
+  half of them with sensor noise of sd 0 to {natural}
 - {levels} noise level(s), runtime `{runtime}`, precision `{precision}`, seed {seed}
 
 `{release}/manifest.json` holds all figures, versions and the SHA-256 of every file.

@@ -144,13 +144,13 @@ def npz_images(path: Path, prefix: str = "") -> Images | None:
 
 def _to_bytes(path: Path, pixels: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
     if pixels.dtype == np.uint8:
-        return pixels.astype(np.uint8, copy=False)
+        return np.asarray(pixels, np.uint8)
     if not np.issubdtype(pixels.dtype, np.floating):
         raise NoisecError(f"{path}: images are {pixels.dtype}; expected uint8, or floats in [0, 1]")
     values = pixels.astype(np.float32)
     if not bool(np.all((values >= 0) & (values <= 1))):
-        raise NoisecError(f"{path}: float images reach from {np.nanmin(values)} to {np.nanmax(values)}; expected [0, 1] and no NaN")
-    return np.rint(values * 255).astype(np.uint8)
+        raise NoisecError(f"{path}: float images reach from {np.min(values)} to {np.max(values)}; expected [0, 1] and no NaN")
+    return np.asarray(np.rint(values * 255), np.uint8)
 
 
 def _channels_first(path: Path, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
@@ -193,7 +193,8 @@ def load_splits(spec: DataSpec, seed: int) -> Splits:
     absent = sorted(set(range(classes)) - set(parts[0].labels.tolist()))
     if absent:
         raise NoisecError(f"classes {absent} have no image in the {len(parts[0])} training images; give more images or renumber the labels")
-    return Splits(*parts, class_names=names)
+    train, fit, calibrate, report = parts
+    return Splits(train, fit, calibrate, report, names)
 
 
 def cut(pool: Images, sizes: Sequence[int], seed: Sequence[int]) -> list[Images]:

@@ -69,10 +69,10 @@ def clean_figures(clean: Answers, noisy: Answers, truth: npt.NDArray[np.int64], 
 
 def figure_rows(figures: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Column heads and rows of the table that cards and the demo show."""
-    heads = ["input", "accuracy", "attack success", "flagged", "AUROC", "TPR at 1 % FPR", "wrong and not flagged"]
+    heads = ["input", "accuracy", "attack success", "flagged", "AUROC", "TPR at 1 % FPR", "missed"]
     rows = [
         ["clean", percent(figures["accuracy"]), "", percent(figures["fpr"], 2), "", "", ""],
-        ["clean with sensor noise", "", "", percent(figures["fpr_natural_noise"], 2), "", "", ""],
+        ["clean + sensor noise", "", "", percent(figures["fpr_natural_noise"], 2), "", "", ""],
     ]
     for name, attack in figures["attacks"].items():
         kept = percent(1 - attack["success"]) if name != "badnets" else ""

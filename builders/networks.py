@@ -95,7 +95,8 @@ class UNetDenoiser(nn.Module):
         skips.pop()
         for up, merge in zip(self.up, self.merge, strict=True):
             hidden = merge(torch.cat([up(hidden), skips.pop()], dim=1))
-        return images - self.noise(hidden)
+        reconstruction: Tensor = images - self.noise(hidden)
+        return reconstruction
 
 
 class BottleneckAutoencoder(nn.Module):
@@ -127,7 +128,8 @@ class BottleneckAutoencoder(nn.Module):
         )  # fmt: skip
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.decoder(self.encoder(images))
+        reconstruction: Tensor = self.decoder(self.encoder(images))
+        return reconstruction
 
 
 Shape = tuple[int, int, int]

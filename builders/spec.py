@@ -124,7 +124,8 @@ class GuardSpec(Section):
         needed = math.ceil(1 / self.target_fpr) - 1
         if self.data.calibrate < needed:
             raise ValueError(
-                f"data.calibrate is {self.data.calibrate}: a false-positive rate of {self.target_fpr} needs at least {needed} calibration images"
+                f"data.calibrate is {self.data.calibrate}: a false-positive rate of {self.target_fpr} needs at least {needed} "
+                "calibration images"
             )
         names = [detector.name for detector in self.detectors]
         if len(set(names)) != len(names):

@@ -112,7 +112,7 @@ def _optimise(
             for batch, labels in _batches(images, batch_size, steps):
                 value = loss(batch, labels)
                 optimiser.zero_grad()
-                value.backward()
+                value.backward()  # type: ignore[no-untyped-call]
                 optimiser.step()
                 schedule.step()
                 shown.advance(f"loss {value.item():.4f}")

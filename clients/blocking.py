@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy.typing as npt
 import tritonclient.grpc as triton_grpc
-from noisec.clients.requests import GuardInterface, read_answer, wanted_outputs
+from noisec.clients.requests import GuardInterface, infer_arguments, read_answer, wanted_outputs
 from noisec.clients.results import Verdicts
 
-from noisec import contract
 from noisec.errors import NoisecError
 
 
@@ -59,10 +58,8 @@ class GuardClient:
         return Verdicts.join([self._ask(batch, outputs) for batch in self.interface.batches(self.interface.prepare(images))])
 
     def _ask(self, batch: npt.NDArray[Any], outputs: tuple[str, ...]) -> Verdicts:
-        image = triton_grpc.InferInput(contract.IMAGE, batch.shape, "FP32").set_data_from_numpy(batch)
-        requested = [triton_grpc.InferRequestedOutput(name) for name in outputs]
         try:
-            result = self._client.infer(self.interface.guard, [image], outputs=requested, client_timeout=self._timeout)
+            result = self._client.infer(self.interface.guard, client_timeout=self._timeout, **infer_arguments(batch, outputs))
         except triton_grpc.InferenceServerException as error:
             raise NoisecError(f"{self.interface.guard}: {error.message()}") from error
         return read_answer(result, outputs)

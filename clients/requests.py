@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import tritonclient.grpc as triton_grpc
 from noisec.clients.results import Verdicts
 
 from noisec import contract
@@ -85,6 +86,12 @@ class GuardInterface:
 
 def wanted_outputs(labels_only: bool) -> tuple[str, ...]:
     return (contract.LOGITS,) if labels_only else contract.OUTPUTS
+
+
+def infer_arguments(batch: npt.NDArray[np.float32], outputs: tuple[str, ...]) -> dict[str, Any]:
+    """``inputs`` and ``outputs`` of tritonclient's ``infer``."""
+    image = triton_grpc.InferInput(contract.IMAGE, batch.shape, "FP32").set_data_from_numpy(batch)
+    return {"inputs": [image], "outputs": [triton_grpc.InferRequestedOutput(name) for name in outputs]}
 
 
 def read_answer(result: Any, outputs: tuple[str, ...]) -> Verdicts:

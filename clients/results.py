@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,5 +35,6 @@ class Verdicts:
         """Several answers as one, in order."""
         if len(parts) == 1:
             return parts[0]
-        columns = [[getattr(part, name) for part in parts] for name in cls.__dataclass_fields__]
-        return cls(*(None if column[0] is None else np.concatenate(column) for column in columns))
+        columns = {name: [getattr(part, name) for part in parts] for name in cls.__dataclass_fields__}
+        joined: dict[str, Any] = {name: None if column[0] is None else np.concatenate(column) for name, column in columns.items()}
+        return cls(**joined)

@@ -36,11 +36,10 @@ LOG = logging.getLogger(__name__)
 
 
 class _Config(TritonServerConfig):  # type: ignore[misc]
-    """pytriton's server arguments, with values that hold spaces kept whole and True for a flag that takes no value."""
+    """pytriton's server arguments, with True for a flag that takes no value."""
 
     def to_args_list(self) -> list[str]:
-        lists = {key: value if isinstance(value, list) else [value] for key, value in self.server_args().items()}
-        return [f"--{key}" if value is True else f"--{key}={value}" for key, values in lists.items() for value in values]
+        return [argument.removesuffix("=True") for argument in self.to_cli_string().split()]
 
 
 class _Server(TritonServer):  # type: ignore[misc]
@@ -118,10 +117,12 @@ class EmbeddedServer:
         self._folder = Path(tempfile.mkdtemp(prefix="noisec-server-"))
         try:
             _assemble_backends(self._folder / "backends")
+            # The Python backend starts its stubs through a shell, which takes a path with spaces apart.
+            (self._folder / "models").symlink_to(self.repository)
             self._server = _Server(
                 path=get_root_module_path() / "tritonserver" / "bin" / "tritonserver",
                 libs_path=get_libs_path(),
-                config=self._config(self._folder / "backends"),
+                config=self._config(self._folder),
                 verbose=self._verbose,
             )
             self._server.start()
@@ -154,9 +155,10 @@ class EmbeddedServer:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
 
-    def _config(self, backends: Path) -> Any:
+    def _config(self, folder: Path) -> Any:
+        backends = folder / "backends"
         config = _Config()
-        config["model-repository"] = self.repository
+        config["model-repository"] = folder / "models"
         config["backend-directory"] = backends
         config["disable-auto-complete-config"] = True
         config["model-control-mode"] = self._model_control

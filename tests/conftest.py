@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-
 from noisec.builders.datasets import Images, cut, fashion_mnist
 from noisec.builders.spec import GUARDS, GuardSpec, read_spec
 from noisec.clients import GuardClient

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from itertools import combinations
 
 import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
 from conftest import GUARD, REPOSITORY
-
-from noisec import contract
 from noisec.builders.calibrate import StageRunner
 from noisec.builders.repository import passes_needed
-from noisec.clients import GuardClient
-from noisec.contract import stage_model
+from noisec.clients import AsyncGuardClient, GuardClient
+from noisec.clients.requests import read_answer
 from noisec.python_backend.scorer.scoring import Scorer
+
+from noisec import contract
+from noisec.contract import stage_model
+from noisec.errors import NoisecError
 
 SUBSETS = [names for count in range(1, len(contract.OUTPUTS) + 1) for names in combinations(contract.OUTPUTS, count)]
 LOGIT_DIFFERENCE = 1e-4
@@ -50,9 +53,7 @@ def test_an_image_gets_the_same_answer_alone_and_in_a_batch(client, pixels):
 @pytest.mark.parametrize("names", SUBSETS, ids="+".join)
 def test_every_subset_of_outputs_can_be_requested(server, client, pixels, names):
     full = client.classify(pixels[:3])
-    expected = dict(
-        zip(contract.OUTPUTS, (full.logits, full.scores, full.p_values, full.is_malicious, full.releases), strict=True)
-    )
+    expected = dict(zip(contract.OUTPUTS, (full.logits, full.scores, full.p_values, full.is_malicious, full.releases), strict=True))
     with triton_grpc.InferenceServerClient(server.grpc_url) as raw:
         image = triton_grpc.InferInput(contract.IMAGE, (3, 1, 28, 28), "FP32").set_data_from_numpy(pixels[:3])
         result = raw.infer(GUARD, [image], outputs=[triton_grpc.InferRequestedOutput(name) for name in names])
@@ -98,15 +99,11 @@ def test_a_client_that_gets_no_verdict_raises(pixels):
         def as_numpy(self, name):
             return None if name == contract.IS_MALICIOUS else np.zeros((1, 1), np.float32)
 
-    from noisec.clients.requests import read_answer
-    from noisec.errors import NoisecError
-
     with pytest.raises(NoisecError, match="answered without IS_MALICIOUS"):
         read_answer(WithoutVerdict(), contract.OUTPUTS)
 
 
 def test_unknown_guards_and_stages_are_refused(server):
-    from noisec.errors import NoisecError
 
     with pytest.raises(NoisecError, match="guard 'nobody' cannot be asked: .*not found"):
         GuardClient(server.grpc_url, "nobody")
@@ -114,3 +111,26 @@ def test_unknown_guards_and_stages_are_refused(server):
         GuardClient(server.grpc_url, stage_model(GUARD, "classifier"))
     with pytest.raises(NoisecError, match="cannot be asked"):
         GuardClient("127.0.0.1:9", GUARD, timeout=2)
+
+
+def test_the_asyncio_client_gives_the_same_answers(server, client, pixels):
+    async def ask():
+        async with AsyncGuardClient(server.grpc_url, GUARD) as connected:
+            return await connected.classify(pixels), await connected.classify(pixels[:5], labels_only=True)
+
+    everything, labels = asyncio.run(ask())
+    expected = client.classify(pixels)
+    assert np.array_equal(everything.labels, expected.labels)
+    assert np.abs(everything.scores - expected.scores).max() < SCORE_DIFFERENCE
+    assert labels.scores is None
+
+
+def test_the_asyncio_client_names_what_is_wrong(server, pixels):
+    async def ask(guard, images):
+        async with AsyncGuardClient(server.grpc_url, guard) as connected:
+            return await connected.classify(images)
+
+    with pytest.raises(NoisecError, match="guard 'nobody' cannot be asked"):
+        asyncio.run(ask("nobody", pixels))
+    with pytest.raises(NoisecError, match="divide by 255"):
+        asyncio.run(ask(GUARD, pixels * 255))

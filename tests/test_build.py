@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from noisec.builders import build as building
 from noisec.builders.datasets import fashion_mnist
 from noisec.builders.spec import read_spec
 from noisec.clients import GuardClient
-from noisec.manifest import read_manifest, verify
 from noisec.python_backend.server import EmbeddedServer
+
+from noisec.manifest import read_manifest, verify
 
 GUARD = """
 name = "mine"

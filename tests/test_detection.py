@@ -7,11 +7,11 @@ import onnx
 import pytest
 import torch
 from conftest import GUARD, REPOSITORY
-from torch import nn
-
 from noisec.builders.attacks import AttackSpec, white_box
 from noisec.builders.figures import Answers, attack_figures
 from noisec.builders.networks import CLASSIFIERS
+from torch import nn
+
 from noisec.contract import stage_model
 from noisec.manifest import read_manifest
 

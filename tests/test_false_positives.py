@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.stats import betabinom
-
 from noisec.builders.attacks import noisy_clean
+from scipy.stats import betabinom
 
 
 def highest_credible(calibration: int, alpha: float, count: int) -> int:

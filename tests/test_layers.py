@@ -36,5 +36,6 @@ def test_no_room_imports_what_it_may_not(room):
 
 
 def test_the_client_and_the_command_line_load_no_heavy_package():
-    code = "import noisec.clients, noisec.cli, sys; print([n for n in ('torch', 'onnx', 'sklearn', 'pydantic', 'pytriton') if n in sys.modules])"
+    heavy = ("torch", "onnx", "sklearn", "pydantic", "pytriton")
+    code = f"import noisec.clients, noisec.cli, sys; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -6,9 +6,9 @@ import gzip
 
 import numpy as np
 import pytest
-
 from noisec.builders import datasets
 from noisec.builders.spec import GUARDS, read_spec
+
 from noisec.errors import NoisecError
 
 DEMO = (GUARDS / "demo.toml").read_text()
@@ -27,17 +27,32 @@ SPECS = {
     ),
     "unknown source": (lambda text: text.replace('"fashion-mnist-test"', '"imagenet"'), "data.source: Input should be 'fashion-mnist'"),
     "npz without a path": (lambda text: text.replace('"fashion-mnist-test"', '"npz"'), "data.path goes with source = 'npz'"),
-    "a path without npz": (lambda text: text.replace("train = ", 'path = "a.npz"\ntrain = ', 1), "path goes with source = 'npz' and with no other"),
+    "a path without npz": (
+        lambda text: text.replace("train = ", 'path = "a.npz"\ntrain = ', 1),
+        "path goes with source = 'npz' and with no other",
+    ),
     "no images": (lambda text: text.replace("fit = 2400", "fit = 0"), "data.fit: Input should be greater than 0"),
     "unknown classifier": (lambda text: text.replace('"conv3"', '"resnet"'), "classifier.network: Input should be 'conv3'"),
     "unknown autoencoder": (lambda text: text.replace('"unet"', '"vae"'), "autoencoder.network: Input should be 'unet'"),
-    "poison of everything": (lambda text: text.replace("share = 0.05", "share = 1.0"), "classifier.backdoor.share: Input should be less than 1"),
-    "unknown view": (lambda text: text.replace('view = "delta"', 'view = "logits"'), "detectors.1.view: Input should be 'noise', 'delta' or 'image'"),
+    "poison of everything": (
+        lambda text: text.replace("share = 0.05", "share = 1.0"),
+        "classifier.backdoor.share: Input should be less than 1",
+    ),
+    "unknown view": (
+        lambda text: text.replace('view = "delta"', 'view = "logits"'),
+        "detectors.1.view: Input should be 'noise', 'delta' or 'image'",
+    ),
     "a detector twice": (lambda text: text.replace('view = "delta"', 'view = "noise"'), r"detectors: listed twice: \['noise-1'\]"),
     "no detectors": (lambda text: "detectors = []\n" + text.split("[[detectors]]")[0], "detectors: Tuple should have at least 1 item"),
-    "no levels": (lambda text: text.replace("noise_levels = 4", "noise_levels = 0"), "noise_levels: Input should be greater than or equal to 1"),
+    "no levels": (
+        lambda text: text.replace("noise_levels = 4", "noise_levels = 0"),
+        "noise_levels: Input should be greater than or equal to 1",
+    ),
     "unknown runtime": (lambda text: 'runtime = "tflite"\n' + text, "runtime: Input should be 'onnxruntime'"),
-    "text for a number": (lambda text: text.replace("epochs = 10", 'epochs = "many"'), "classifier.epochs: Input should be a valid integer"),
+    "text for a number": (
+        lambda text: text.replace("epochs = 12", 'epochs = "many"'),
+        "classifier.epochs: Input should be a valid integer",
+    ),
 }
 
 
@@ -58,13 +73,16 @@ def test_a_missing_specification_lists_the_reference_guards(tmp_path):
 IMAGES, LABELS = np.zeros((6, 8, 8), np.uint8), np.arange(6)
 ARCHIVES = {
     "no labels": ({"images": IMAGES}, "no array labels; it holds \\['images'\\]"),
-    "too few labels": ({"images": IMAGES, "labels": LABELS[:5]}, r"labels is int64 \[5\]; expected integers from 0, one for each of 6 images"),
+    "too few labels": (
+        {"images": IMAGES, "labels": LABELS[:5]},
+        r"labels is int64 \[5\]; expected integers from 0, one for each of 6 images",
+    ),
     "float labels": ({"images": IMAGES, "labels": LABELS * 1.0}, "labels is float64"),
     "negative labels": ({"images": IMAGES, "labels": LABELS - 1}, "expected integers from 0"),
     "five channels": ({"images": np.zeros((6, 5, 8, 8), np.uint8), "labels": LABELS}, r"images are \[6, 5, 8, 8\]; expected"),
     "int images": ({"images": IMAGES.astype(np.int32), "labels": LABELS}, "images are int32; expected uint8"),
     "floats to 255": ({"images": IMAGES + 255.0, "labels": LABELS}, r"float images reach from 255.0 to 255.0; expected \[0, 1\]"),
-    "NaN": ({"images": IMAGES + np.nan, "labels": LABELS}, r"expected \[0, 1\] and no NaN"),
+    "NaN": ({"images": IMAGES + np.nan, "labels": LABELS}, r"float images reach from nan to nan; expected \[0, 1\] and no NaN"),
     "pickled objects": ({"images": IMAGES, "labels": LABELS.astype(object)}, "not a readable npz file: .*allow_pickle=False"),
 }
 

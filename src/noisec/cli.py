@@ -76,7 +76,7 @@ def _common(
 def build(
     spec: Annotated[Path, typer.Argument(help="The guard's TOML file.")],
     repository: Annotated[Path, typer.Option("--repository", "-r", help="Model repository to write into.")] = Path("model_repository"),
-    work: Annotated[Path, typer.Option(help="Folder for finished steps; a re-run reuses them.")] = Path("build"),
+    work: Annotated[Path, typer.Option(help="Folder for finished steps; a re-run reuses them.")] = Path("workbench"),
 ) -> None:
     """Build a guard: data, training, export, calibration, report, model repository.
 
@@ -169,7 +169,8 @@ def demo(
     figures, heads, rows = run_demo(folder)
     _show("Answers over gRPC", heads, rows)
     console.print(
-        f"{figures['requests_per_second']:.0f} single-image requests/s; {figures['seconds']:.0f} s in all; picture: {folder / 'demo.png'}"
+        f"missed: succeeded and not flagged. {figures['requests_per_second']:.0f} single-image requests/s; "
+        f"{figures['seconds']:.0f} s in all; picture: {folder / 'demo.png'}"
     )
     for path in filter(None, [folder / "figures.json", json_file]):
         _write_json(path, figures)

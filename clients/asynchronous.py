@@ -1,0 +1,79 @@
+"""The asyncio client."""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+from typing import Any
+
+import numpy.typing as npt
+import tritonclient.grpc.aio as triton_grpc
+from noisec.clients.requests import GuardInterface, infer_arguments, read_answer, wanted_outputs
+from noisec.clients.results import Verdicts
+from tritonclient.utils import InferenceServerException
+
+from noisec.errors import NoisecError
+
+
+class AsyncGuardClient:
+    """Asks one guard over gRPC from asyncio; an async context manager, which reads the guard's interface.
+
+    Example::
+
+        async with AsyncGuardClient("localhost:8001", "fashion_mnist") as client:
+            verdicts = await client.classify(images)
+
+    Args:
+        url: ``host:port`` of the server's gRPC endpoint
+        guard: name of the ensemble
+        timeout: seconds for each request
+    """
+
+    interface: GuardInterface
+
+    def __init__(self, url: str, guard: str, *, timeout: float = 30.0) -> None:
+        self._url = url
+        self._guard = guard
+        self._timeout = timeout
+
+    async def __aenter__(self) -> AsyncGuardClient:
+        """Connect.
+
+        Raises:
+            NoisecError: the server does not answer, or has no such guard.
+        """
+        self._client = triton_grpc.InferenceServerClient(self._url)
+        try:
+            answer = await self._client.get_model_config(self._guard, client_timeout=self._timeout)
+            self.interface = GuardInterface.from_config(self._guard, answer.config)
+        except InferenceServerException as error:
+            await self._client.close()
+            raise NoisecError(f"{self._url}: guard {self._guard!r} cannot be asked: {error.message()}") from error
+        except NoisecError:
+            await self._client.close()
+            raise
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        await self._client.close()
+
+    async def classify(self, images: npt.NDArray[Any], *, labels_only: bool = False) -> Verdicts:
+        """Label and verdict for each image; requests of at most the server's largest batch are sent at once.
+
+        Args:
+            images: [n, C, H, W] or one image [C, H, W]; uint8, or floats in [0, 1]
+            labels_only: ask only for the classifier's answer; the server then runs only the classifier
+
+        Raises:
+            NoisecError: the images do not fit, the server refused, or it left out an output.
+        """
+        outputs = wanted_outputs(labels_only)
+        batches = self.interface.batches(self.interface.prepare(images))
+        return Verdicts.join(await asyncio.gather(*(self._ask(batch, outputs) for batch in batches)))
+
+    async def _ask(self, batch: npt.NDArray[Any], outputs: tuple[str, ...]) -> Verdicts:
+        try:
+            result = await self._client.infer(self._guard, client_timeout=self._timeout, **infer_arguments(batch, outputs))
+        except InferenceServerException as error:
+            raise NoisecError(f"{self._guard}: {error.message()}") from error
+        return read_answer(result, outputs)
