@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import tritonclient.grpc as triton_grpc
+
+from noisec import contract, manifest
 from noisec.benchmarks.plots import Example, draw_demo
 from noisec.builders import attacks
 from noisec.builders.attacks import AttackedImages
@@ -21,10 +23,8 @@ from noisec.builders.figures import Answers, attack_figures, clean_figures, figu
 from noisec.builders.progress import console
 from noisec.builders.spec import GUARDS, read_spec
 from noisec.clients import GuardClient
-from noisec.python_backend.server import EmbeddedServer
-
-from noisec import contract, manifest
 from noisec.contract import stage_model
+from noisec.python_backend.server import EmbeddedServer
 
 Floats = npt.NDArray[np.float32]
 LOAD_CLIENTS, LOAD_SECONDS = 8, 4.0
@@ -58,7 +58,7 @@ def run_demo(folder: Path) -> tuple[dict[str, Any], list[str], list[list[str]]]:
     sent = Sent(
         report.floats(),
         attacks.noisy_clean(report, spec.natural_noise_sd, spec.seed + 2),
-        attacks.attack_all(guard.classifier, report, attacks.DEFAULT_ATTACKS, spec.classifier.backdoor, spec.seed),
+        dict(attacks.attack_all(spec, guard.protected, report)),
     )
     with EmbeddedServer(guard.repository) as server, GuardClient(server.grpc_url, spec.name) as client:
         console.print(f"asking {spec.name} at {server.grpc_url}")

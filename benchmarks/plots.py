@@ -12,8 +12,9 @@ import numpy.typing as npt
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from noisec.builders.figures import Answers, auroc
 from sklearn.metrics import roc_curve
+
+from noisec.builders.figures import Answers, auroc
 
 Floats = npt.NDArray[np.float32]
 GOOD, BAD = "#2a7f3f", "#b3261e"

@@ -3,44 +3,50 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from noisec.builders.datasets import Images, with_natural_noise
-from noisec.builders.progress import tracked
-from noisec.builders.spec import BackdoorSpec
-from noisec.builders.train import stamp
-from torch import Tensor, nn
+from torch import nn
 
-BATCH = 250
+from noisec.builders.images import BATCH, Images, natural
+from noisec.builders.progress import tracked
+from noisec.builders.protect import Protected
+from noisec.builders.spec import BackdoorSpec, GuardSpec
+from noisec.builders.train import stamp
+
 PGD_STEP, PGD_STEPS = 0.01, 25
 """NoiSec's settings for PGD and BIM, in the pixel scale [0, 1]"""
+SQUARE_QUERIES = 250
+"""NoiSec's setting for Fashion-MNIST"""
 
 
 @dataclass(frozen=True)
 class AttackSpec:
-    """One white-box L-infinity attack on the classifier."""
+    """One L-infinity attack on the classifier."""
 
     method: str
-    """``fgsm`` (Goodfellow et al. 2015) or ``pgd`` (Madry et al. 2018)"""
+    """``fgsm`` (Goodfellow et al. 2015) and ``pgd`` (Madry et al. 2018) use its gradients, ``square`` (Andriushchenko et al. 2020)
+    its answers"""
     eps: float
     """largest change of a pixel, in [0, 1]"""
+
+    @classmethod
+    def parse(cls, name: str) -> AttackSpec:
+        """From ``method-epsilon``."""
+        method, _, eps = name.partition("-")
+        return cls(method, float(eps))
 
     @property
     def name(self) -> str:
         return f"{self.method}-{self.eps:g}"
 
 
-DEFAULT_ATTACKS = (
-    AttackSpec("fgsm", 0.05),
-    AttackSpec("fgsm", 0.1),
-    AttackSpec("pgd", 0.02),
-    AttackSpec("pgd", 0.05),
-    AttackSpec("pgd", 0.1),
-)
+WITH_GRADIENTS = ("fgsm-0.05", "fgsm-0.1", "pgd-0.02", "pgd-0.05", "pgd-0.1")
+WITHOUT_GRADIENTS = ("square-0.05", "square-0.1")
 
 
 @dataclass(frozen=True)
@@ -60,43 +66,31 @@ class AttackedImages:
         return wrong
 
 
-class _LogitsOnly(nn.Module):
-    def __init__(self, classifier: nn.Module) -> None:
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(images)[0]
-        return logits
-
-
-def white_box(classifier: nn.Module, images: Images, attack: AttackSpec, seed: int) -> AttackedImages:
-    """Attack every image with the classifier's own gradients, from its true label.
-
-    Args:
-        classifier: images -> (logits, penultimate), in evaluation mode
-    """
+def attack(protected: Protected, images: Images, spec: AttackSpec, seed: int) -> AttackedImages:
+    """Attack every image from its true label, white-box with gradients or with the classifier's answers alone."""
     with _quiet():
-        from art.attacks.evasion import FastGradientMethod, ProjectedGradientDescentPyTorch
-        from art.estimators.classification import PyTorchClassifier
+        from art.attacks.evasion import FastGradientMethod, ProjectedGradientDescentPyTorch, SquareAttack
+        from art.estimators.classification import BlackBoxClassifierNeuralNetwork, PyTorchClassifier
     np.random.seed(seed)
     torch.manual_seed(seed)
-    _, *shape = images.pixels.shape
-    with torch.no_grad():
-        classes = classifier(torch.from_numpy(images[:1].floats()))[0].shape[1]
-    estimator = PyTorchClassifier(
-        _LogitsOnly(classifier), nn.CrossEntropyLoss(), tuple(shape), classes, clip_values=(0.0, 1.0), device_type="cpu"
-    )
-    if attack.method == "fgsm":
-        method = FastGradientMethod(estimator, eps=attack.eps, batch_size=BATCH)
-    else:
-        step = min(PGD_STEP, attack.eps / 4)
-        method = ProjectedGradientDescentPyTorch(
-            estimator, eps=attack.eps, eps_step=step, max_iter=PGD_STEPS, num_random_init=1, batch_size=BATCH, verbose=False
+    shown: dict[str, Any] = {"batch_size": BATCH, "verbose": False}
+    if spec.method == "square":
+        estimator = BlackBoxClassifierNeuralNetwork(
+            protected.original, images.shape, protected.classes, channels_first=True, clip_values=(0.0, 1.0)
         )
+        method = SquareAttack(estimator, eps=spec.eps, max_iter=SQUARE_QUERIES, nb_restarts=1, **shown)
+    else:
+        estimator = PyTorchClassifier(
+            protected.network, nn.CrossEntropyLoss(), images.shape, protected.classes, clip_values=(0.0, 1.0), device_type="cpu"
+        )
+        if spec.method == "fgsm":
+            method = FastGradientMethod(estimator, eps=spec.eps, batch_size=BATCH)
+        else:
+            step = min(PGD_STEP, spec.eps / 4)
+            method = ProjectedGradientDescentPyTorch(estimator, eps=spec.eps, eps_step=step, max_iter=PGD_STEPS, num_random_init=1, **shown)
     parts = [
-        method.generate(batch.floats(), y=np.eye(classes, dtype=np.float32)[batch.labels])
-        for batch in tracked(_in_batches(images), f"attack {attack.name}", -(-len(images) // BATCH))
+        method.generate(batch.floats(), y=np.eye(protected.classes, dtype=np.float32)[batch.labels])
+        for batch in tracked(images.batches(), f"attack {spec.name}", -(-len(images) // BATCH))
     ]
     return AttackedImages(np.concatenate(parts).astype(np.float32), images.labels)
 
@@ -105,26 +99,20 @@ def backdoored(images: Images, backdoor: BackdoorSpec) -> AttackedImages:
     """The trigger on every image that is not of the target class anyway."""
     rows = np.flatnonzero(images.labels != backdoor.target)
     chosen = images[rows]
-    return AttackedImages(Images(stamp(chosen.pixels), chosen.labels).floats(), chosen.labels, target=backdoor.target)
+    return AttackedImages(stamp(chosen.pixels).astype(np.float32) / 255, chosen.labels, target=backdoor.target)
 
 
-def attack_all(
-    classifier: nn.Module, images: Images, attacks: Sequence[AttackSpec], backdoor: BackdoorSpec | None, seed: int
-) -> dict[str, AttackedImages]:
-    """Every attack by name, the backdoor's trigger among them where the classifier has one."""
-    results = {attack.name: white_box(classifier, images, attack, seed) for attack in attacks}
-    if backdoor:
-        results["badnets"] = backdoored(images, backdoor)
-    return results
+def attack_all(spec: GuardSpec, protected: Protected, images: Images) -> Iterator[tuple[str, AttackedImages]]:
+    """Every attack that the specification asks for by name, one at a time, and the backdoor's trigger where the classifier has one."""
+    for name in spec.attacks or (WITH_GRADIENTS if protected.network else WITHOUT_GRADIENTS):
+        yield name, attack(protected, images, AttackSpec.parse(name), spec.seed)
+    if spec.classifier.backdoor:
+        yield "badnets", backdoored(images, spec.classifier.backdoor)
 
 
 def noisy_clean(images: Images, deviation: float, seed: int) -> npt.NDArray[np.float32]:
-    """Clean images with sensor noise: float32 [n, C, H, W]."""
-    return with_natural_noise(images.floats(), deviation, seed)
-
-
-def _in_batches(images: Images) -> Iterator[Images]:
-    return (images[start : start + BATCH] for start in range(0, len(images), BATCH))
+    """Clean images, half of them with sensor noise: float32 [n, C, H, W]."""
+    return np.concatenate(list(natural(images, deviation, seed)))
 
 
 class _quiet:

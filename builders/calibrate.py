@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from noisec.builders.datasets import Splits, with_natural_noise
-from noisec.builders.progress import tracked
-from noisec.builders.spec import DetectorSpec, GuardSpec
-from noisec.python_backend.runtimes.onnxruntime.session import open_session
-from noisec.python_backend.scorer.scoring import Detector, Floats, GaussianMixture, Scorer, TailScale
 from sklearn.covariance import LedoitWolf
 from sklearn.mixture import GaussianMixture as SklearnMixture
 
 from noisec import contract
+from noisec.builders.images import BATCH, Splits, natural
+from noisec.builders.progress import tracked
+from noisec.builders.spec import DetectorSpec, GuardSpec
 from noisec.errors import NoisecError
+from noisec.python_backend.runtimes.onnxruntime.session import open_session
+from noisec.python_backend.scorer.scoring import Detector, Floats, GaussianMixture, Scorer, TailScale
 
-BATCH = 250
 SCALE_SHARE = 0.25
 """share of the fit images that set the detectors' scales instead of their mixtures"""
 SURVIVALS = np.array([0.99, 0.9, 0.75, 0.5, 0.25, 0.1, 0.02])
@@ -29,22 +28,29 @@ class StageRunner:
     """Runs the exported network stages in this process, in the ensemble's order.
 
     Args:
-        onnx: ``autoencoder`` and ``classifier`` -> exported stage
+        stages: ``autoencoder`` and ``classifier`` -> folder with the stage's ``model.onnx``
         passes: classifier passes besides the image's
     """
 
-    def __init__(self, onnx: Mapping[str, Path], passes: tuple[contract.Pass, ...], threads: int = 0) -> None:
-        self._autoencoder = open_session(onnx["autoencoder"], threads)
-        self._classifier = open_session(onnx["classifier"], threads)
+    def __init__(self, stages: Mapping[str, Path], passes: tuple[contract.Pass, ...], threads: int = 0) -> None:
+        self._autoencoder = open_session(stages["autoencoder"] / "model.onnx", threads)
+        self._classifier = open_session(stages["classifier"] / "model.onnx", threads)
         self._passes = passes
 
-    def __call__(self, images: npt.NDArray[np.float32], title: str = "running stages") -> dict[str, npt.NDArray[np.float32]]:
-        """LOGITS and everything that a scorer reads, by tensor name: each float32 [n, ...], from float32 [n, C, H, W]."""
-        starts = tracked(range(0, len(images), BATCH), title, -(-len(images) // BATCH))
-        batches = [self._batch(images[start : start + BATCH]) for start in starts]
-        return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    def __call__(self, batches: Iterable[Floats], count: int, title: str = "running stages") -> dict[str, Floats]:
+        """LOGITS and everything that a scorer reads.
 
-    def _batch(self, images: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[np.float32]]:
+        Args:
+            batches: float32 [n, C, H, W] each
+            count: images in all
+
+        Returns:
+            tensor name -> float32 [count, ...]
+        """
+        results = [self._batch(batch) for batch in tracked(batches, title, -(-count // BATCH))]
+        return {name: np.concatenate([result[name] for result in results]) for name in results[0]}
+
+    def _batch(self, images: Floats) -> dict[str, Floats]:
         names = (contract.NOISE, contract.RECONSTRUCTION, contract.NOISE_LEVEL, contract.IN_RANGE)
         outputs = dict(zip(names, self._autoencoder.run(names, {contract.IMAGE: images}), strict=True))
         sources = {"image": images, "noise": outputs[contract.NOISE], "reconstruction": outputs[contract.RECONSTRUCTION]}
@@ -123,11 +129,11 @@ def fit_scorer(spec: GuardSpec, run: StageRunner, splits: Splits) -> Scorer:
 
     The activations are those of the exported stages that will serve, never the training framework's own.
     """
-    fit = run(with_natural_noise(splits.fit.floats(), spec.natural_noise_sd, spec.seed), "fitting detectors")
+    fit = run(natural(splits.fit, spec.natural_noise_sd, spec.seed), len(splits.fit), "fitting detectors")
     level = fit[contract.NOISE_LEVEL][:, 0]
     edges = np.quantile(level, np.arange(1, spec.noise_levels) / spec.noise_levels).astype(np.float32)
     levels = np.searchsorted(edges, level, side="right")
     detectors = tuple(fit_detector(detector, fit, levels, spec.noise_levels, spec.seed) for detector in spec.detectors)
     scorer = Scorer(spec.release, spec.target_fpr, edges, detectors, np.empty(0, np.float32))
-    calibration = run(with_natural_noise(splits.calibrate.floats(), spec.natural_noise_sd, spec.seed + 1), "calibrating threshold")
+    calibration = run(natural(splits.calibrate, spec.natural_noise_sd, spec.seed + 1), len(splits.calibrate), "calibrating threshold")
     return Scorer(spec.release, spec.target_fpr, edges, detectors, np.sort(scorer.score(calibration)))

@@ -5,16 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from noisec.builders.attacks import SQUARE_QUERIES
 from noisec.builders.figures import figure_rows, markdown_table, percent
+from noisec.builders.protect import Protected
 from noisec.builders.spec import GuardSpec
 
 CARD = """# {name}, release {release}
 
-Protects a `{classifier}` classifier ({source}, {classes}). Ask the ensemble `{name}` for `LOGITS`, `SCORE`, `P_VALUE`, `IS_MALICIOUS`,
+Protects the classifier `{classifier}` ({source}, {classes}). Ask the ensemble `{name}` for `LOGITS`, `SCORE`, `P_VALUE`, `IS_MALICIOUS`,
 `RELEASE`; the input `IMAGE` is fp32 with pixels in [0, 1].
 
 ## Measured
-On {n} held-out images, white-box attacks on the classifier (L-infinity, epsilon in the name), exported stages in process.
+On {n} held-out images, attacks on the classifier (L-infinity, epsilon in the name; FGSM and PGD
+with its gradients, Square with {queries} of its answers), exported stages in process.
 Nominal false-positive rate {alpha}; AUROC and TPR are against clean images; "flagged" is the guard's own verdict at its calibrated
 threshold; "missed" is the share of attacks that succeeded and were not flagged; every attacked image counts, successful or not.
 
@@ -32,15 +35,16 @@ An attacker who holds the guard's own weights is not among these attacks, and is
 """
 
 
-def write_card(repository: Path, spec: GuardSpec, measured: dict[str, Any], classes: int) -> None:
+def write_card(repository: Path, spec: GuardSpec, protected: Protected, measured: dict[str, Any]) -> None:
     """Write ``<repository>/<guard>/README.md``."""
     text = CARD.format(
         name=spec.name,
         release=spec.release,
-        classifier=spec.classifier.network,
+        classifier=protected.description,
         source=spec.data.source,
-        classes=f"{classes} classes",
+        classes=f"{protected.classes} classes",
         n=measured["n_clean"],
+        queries=SQUARE_QUERIES,
         alpha=percent(spec.target_fpr),
         table=markdown_table(*figure_rows(measured)),
         autoencoder=spec.autoencoder.network,

@@ -10,15 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
-from noisec.python_backend.runtimes.onnxruntime.session import open_session
 from torch import Tensor, nn
 
 from noisec import contract
+from noisec.builders.classifier import IR_VERSION
 from noisec.errors import NoisecError
+from noisec.python_backend.runtimes.onnxruntime.session import open_session
 
 OPSET = 18
-IR_VERSION = 10
-"""the newest that ONNX Runtime 1.19, the one in Triton 24.10, reads"""
 MAX_DIFFERENCE = 1e-3
 """largest absolute difference between an exported stage and its network that still counts as rounding, relative to the output's scale"""
 
@@ -41,25 +40,41 @@ class AutoencoderStage(nn.Module):
 
 
 def export_stage(stage: nn.Module, shape: tuple[int, int, int], outputs: tuple[str, ...], path: Path) -> None:
-    """Write ``stage`` as ONNX with a dynamic batch dimension.
+    """Write a network as a stage of the guard: IMAGE float32 [batch, *shape] in, one tensor for each of ``outputs``."""
+    _export(stage, torch.rand(2, *shape), path, input_names=[contract.IMAGE], output_names=list(outputs))
 
-    Args:
-        stage: IMAGE float32 [batch, *shape] -> one tensor for each of ``outputs``
+
+def export_plain(module: nn.Module, example: Tensor, path: Path) -> None:
+    """Write any module of one image tensor as ONNX, as its owner would.
+
+    Raises:
+        NoisecError: torch cannot export it.
     """
-    example = torch.rand(2, *shape)
+    try:
+        _export(module, example, path)
+    except Exception as error:
+        raise NoisecError(
+            f"torch.onnx.export failed for {type(module).__name__} with an input of {list(example.shape)}: {str(error)[:800]}; "
+            "export it yourself and give classifier.onnx"
+        ) from error
+
+
+def _export(
+    module: nn.Module, example: Tensor, path: Path, input_names: list[str] | None = None, output_names: list[str] | None = None
+) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
-            stage.eval(),
+            module.eval(),
             (example,),
             dynamo=True,
             opset_version=OPSET,
-            input_names=[contract.IMAGE],
-            output_names=list(outputs),
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             external_data=False,
             verbose=False,
+            input_names=input_names,
+            output_names=output_names,
         )
     assert program is not None
     model = program.model_proto

@@ -52,6 +52,52 @@ class ConvClassifier(nn.Module):
         return self.head(penultimate), penultimate
 
 
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions around a parameter-free shortcut: strided, new channels filled with zeros (He et al. 2016, option A)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.stride = stride
+        self.padding = (outputs - inputs) // 2
+
+    def forward(self, images: Tensor) -> Tensor:
+        shortcut = images[:, :, :: self.stride, :: self.stride]
+        if self.padding:
+            shortcut = nn.functional.pad(shortcut, (0, 0, 0, 0, self.padding, self.padding))
+        hidden = nn.functional.relu(self.bn1(self.conv1(images)))
+        return nn.functional.relu(self.bn2(self.conv2(hidden)) + shortcut)
+
+
+class ResNet20(nn.Module):
+    """The CIFAR-10 residual network with 20 layers (He et al. 2016, section 4.2), 64 pooled features, logits alone.
+
+    Parameters carry the names of the widely used pretrained files, so that those load; such files want ImageNet's mean and deviation.
+    """
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = self._stage(16, 16, 1)
+        self.layer2 = self._stage(16, 32, 2)
+        self.layer3 = self._stage(32, 64, 2)
+        self.linear = nn.Linear(64, classes)
+
+    @staticmethod
+    def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+        return nn.Sequential(ResidualBlock(inputs, outputs, stride), ResidualBlock(outputs, outputs, 1), ResidualBlock(outputs, outputs, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = nn.functional.relu(self.bn1(self.conv1(images)))
+        pooled = self.layer3(self.layer2(self.layer1(hidden))).mean(dim=(2, 3))
+        logits: Tensor = self.linear(pooled)
+        return logits
+
+
 class UNetDenoiser(nn.Module):
     """A U-Net that predicts the noise and subtracts it: ``A(x) = x - g(x)``.
 

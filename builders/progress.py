@@ -14,8 +14,8 @@ console = Console(stderr=True)
 
 
 @contextmanager
-def bar(title: str, total: int) -> Iterator[Bar]:
-    """A bar of ``total`` steps; shown only on a terminal."""
+def bar(title: str, total: int, done: int = 0) -> Iterator[Bar]:
+    """A bar of ``total`` steps, ``done`` of them before; shown only on a terminal."""
     columns = (
         TextColumn("{task.description:<28}"),
         BarColumn(),
@@ -25,7 +25,7 @@ def bar(title: str, total: int) -> Iterator[Bar]:
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield Bar(progress, progress.add_task(title, total=total, note=""))
+        yield Bar(progress, progress.add_task(title, total=total, completed=done, note=""))
 
 
 class Bar:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from google.protobuf import text_format
-from noisec.builders.spec import GuardSpec
-from noisec.python_backend.scorer import scoring
 from tritonclient.grpc import model_config_pb2 as triton
 
 from noisec import contract
+from noisec.builders.spec import GuardSpec
 from noisec.contract import stage_model
+from noisec.python_backend.scorer import scoring
 
 SCORER_CODE = Path(scoring.__file__).parent
 SCORER_FILES = ("model.py", "scoring.py", "batching.py")
@@ -125,20 +125,20 @@ def ensemble_config(spec: GuardSpec, widths: Widths, class_names: tuple[str, ...
 
 
 def write_repository(
-    repository: Path, spec: GuardSpec, widths: Widths, class_names: tuple[str, ...], onnx: dict[str, Path], scorer: scoring.Scorer
+    repository: Path, spec: GuardSpec, widths: Widths, class_names: tuple[str, ...], stages: dict[str, Path], scorer: scoring.Scorer
 ) -> None:
     """Write every model of the guard, replacing an earlier build of the same release; other releases and guards stay.
 
     Args:
-        onnx: ``autoencoder`` and ``classifier`` -> exported stage
+        stages: ``autoencoder`` and ``classifier`` -> folder with ``model.onnx`` and, where it has any, its external data
     """
-    configs = {stage: network_config(spec, stage, widths) for stage in onnx}
+    configs = {stage: network_config(spec, stage, widths) for stage in stages}
     configs["scorer"] = scorer_config(spec, widths)
     for stage, config in configs.items():
         folder = _fresh_version(repository / stage_model(spec.name, stage), spec.release)
         _write_config(folder.parent, config)
-        if stage in onnx:
-            shutil.copyfile(onnx[stage], folder / "model.onnx")
+        for path in stages[stage].glob("model.onnx*") if stage in stages else ():
+            shutil.copyfile(path, folder / path.name)
     folder = repository / stage_model(spec.name, "scorer") / str(spec.release)
     for name in SCORER_FILES:
         shutil.copyfile(SCORER_CODE / name, folder / name)

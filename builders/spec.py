@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +21,7 @@ else:
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Deviation = Annotated[float, Field(ge=0, le=1)]
+Side = Annotated[int, Field(gt=0, le=4096)]
 
 
 class Section(BaseModel):
@@ -29,10 +31,16 @@ class Section(BaseModel):
 class DataSpec(Section):
     """Clean, labelled images, cut into four disjoint sets."""
 
-    source: Literal["fashion-mnist", "fashion-mnist-test", "npz"]
-    """``fashion-mnist``: the official 60,000 + 10,000; ``fashion-mnist-test``: the 10,000 that ship with the package"""
+    source: Literal["fashion-mnist", "fashion-mnist-test", "cifar10", "pneumoniamnist", "gtsrb", "folder", "npz"]
+    """official sets: ``fashion-mnist``, 60,000 + 10,000; ``fashion-mnist-test``, the 10,000 that ship with the package; ``cifar10``;
+    ``pneumoniamnist``; ``gtsrb``; your own: ``folder`` and ``npz``"""
     path: Path | None = None
-    """of the ``npz``: images and labels, optionally test_images and test_labels; relative to the TOML file"""
+    """of the ``npz``: images and labels, optionally test_images and test_labels; of the ``folder``: one sub-folder for each class, or
+    train and test with these; of ``gtsrb``: the folder of its three zip files; relative to the TOML file"""
+    size: tuple[Side, Side] | None = None
+    """``folder`` and ``gtsrb``: resize to [height, width]"""
+    channels: Literal[1, 3] | None = None
+    """``folder`` and ``gtsrb``: convert to gray, 1, or colour, 3, which is the default"""
     class_names: tuple[str, ...] = ()
     train: Positive
     """images that train the networks"""
@@ -44,9 +52,22 @@ class DataSpec(Section):
     """images that measure the figures of the card"""
 
     @model_validator(mode="after")
-    def _path_belongs_to_npz(self) -> DataSpec:
-        if (self.source == "npz") != (self.path is not None):
-            raise ValueError(f"data.path goes with source = 'npz' and with no other; source is {self.source!r}, path is {self.path}")
+    def _path_belongs_to_files(self) -> DataSpec:
+        if self.source != "gtsrb" and (self.source in ("npz", "folder")) != (self.path is not None):
+            raise ValueError(
+                "data.path goes with source = 'npz' or 'folder', may go with 'gtsrb', and goes with no other; "
+                f"source is {self.source!r}, path is {self.path}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _form_belongs_to_decoded_files(self) -> DataSpec:
+        for key in ("size", "channels"):
+            value = getattr(self, key)
+            if value is not None and self.source not in ("folder", "gtsrb"):
+                raise ValueError(
+                    f"data.{key} goes with source = 'folder' or 'gtsrb' and with no other; source is {self.source!r}, {key} is {value}"
+                )
         return self
 
 
@@ -57,14 +78,58 @@ class BackdoorSpec(Section):
     share: Share = 0.05
 
 
-class ClassifierSpec(Section):
-    """A reference classifier, trained from scratch."""
+class PreprocessingSpec(Section):
+    """What a classifier of your own expects, applied inside the graph to images in [0, 1], in this order."""
 
-    network: Literal["conv3", "conv6"]
-    epochs: Positive
+    channel_order: Literal["rgb", "bgr"] = "rgb"
+    size: tuple[Positive, Positive] | None = None
+    """(H, W) to which images are resized, bilinear"""
+    scale: Annotated[float, Field(gt=0)] = 1.0
+    """pixels are multiplied by this first: 255 for a classifier that wants bytes"""
+    mean: tuple[float, ...] = ()
+    """one for each channel, subtracted after scaling"""
+    std: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """one for each channel, divided by after that"""
+
+
+class ClassifierSpec(Section):
+    """The classifier that is protected: a reference network to train, or your own as ONNX file or PyTorch module."""
+
+    network: Literal["conv3", "conv6"] | None = None
+    onnx: Path | None = None
+    """relative to the TOML file"""
+    factory: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")] | None = None
+    """``package.module:callable``: called without arguments, returns a torch module that gives logits"""
+    weights: Path | None = None
+    """state_dict of the factory's module, as a torch file without pickled code or as safetensors; relative to the TOML file"""
+    penultimate: str | None = None
+    """tensor that feeds the detectors; found by itself where it is left out (see `noisec inspect`)"""
+    preprocessing: PreprocessingSpec = PreprocessingSpec()
+    epochs: Positive | None = None
     batch_size: Positive = 128
     learning_rate: Annotated[float, Field(gt=0)] = 4e-3
     backdoor: BackdoorSpec | None = None
+
+    @property
+    def kind(self) -> Literal["network", "onnx", "factory"]:
+        return "network" if self.network else "onnx" if self.onnx else "factory"
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> ClassifierSpec:
+        given = [name for name in ("network", "onnx", "factory") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"classifier: give one of network, onnx and factory; given: {given or 'none'}")
+        belongs = {
+            "network": {"epochs", "batch_size", "learning_rate", "backdoor"},
+            "onnx": {"penultimate", "preprocessing"},
+            "factory": {"penultimate", "preprocessing", "weights"},
+        }[given[0]]
+        foreign = sorted(self.model_fields_set - belongs - {given[0]})
+        if foreign:
+            raise ValueError(f"classifier: {', '.join(foreign)} does not go with {given[0]}; leave it out")
+        if given[0] == "network" and self.epochs is None:
+            raise ValueError("classifier: epochs is missing: how long to train the network")
+        return self
 
 
 class AutoencoderSpec(Section):
@@ -117,7 +182,20 @@ class GuardSpec(Section):
     classifier: ClassifierSpec
     autoencoder: AutoencoderSpec
     detectors: Annotated[tuple[DetectorSpec, ...], Field(min_length=1)]
+    attacks: tuple[Annotated[str, Field(pattern=r"^(fgsm|pgd|square)-(0?\.\d+|1)$")], ...] = ()
+    """what the card reports, as method-epsilon: ``fgsm`` and ``pgd`` use the classifier's gradients, ``square`` only its answers; where
+    left out, FGSM and PGD, and Square for an ONNX classifier, which has no gradients"""
     serving: ServingSpec = ServingSpec()
+
+    @model_validator(mode="after")
+    def _attacks_fit_the_classifier(self) -> GuardSpec:
+        needs_gradients = [name for name in self.attacks if not name.startswith("square")]
+        if self.classifier.kind == "onnx" and needs_gradients:
+            raise ValueError(
+                f"attacks: {', '.join(needs_gradients)} need gradients, which an ONNX classifier does not give; use square-EPS, "
+                "or give the PyTorch module with classifier.factory"
+            )
+        return self
 
     @model_validator(mode="after")
     def _enough_to_calibrate(self) -> GuardSpec:
@@ -150,10 +228,17 @@ def read_spec(path: Path) -> GuardSpec:
     except ValidationError as error:
         lines = [f"  {'.'.join(map(str, e['loc'])) or 'guard'}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
         raise NoisecError(f"{path}: not a guard's specification:\n" + "\n".join(lines)) from error
-    if spec.data.path is not None and not spec.data.path.is_absolute():
-        data = spec.data.model_copy(update={"path": path.parent / spec.data.path})
-        spec = spec.model_copy(update={"data": data})
-    return spec
+    return spec.model_copy(
+        update={
+            "data": spec.data.model_copy(update=_beside(path, spec.data, "path")),
+            "classifier": spec.classifier.model_copy(update=_beside(path, spec.classifier, "onnx", "weights")),
+        }
+    )
+
+
+def _beside(toml: Path, section: Section, *names: str) -> dict[str, Path]:
+    """The paths of a section: variables of the environment expanded, relative ones taken from the TOML file's folder."""
+    return {name: toml.parent / os.path.expandvars(value) for name in names if (value := getattr(section, name)) is not None}
 
 
 GUARDS = Path(__file__).parent / "guards"

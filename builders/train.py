@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from noisec.builders.datasets import Images
-from noisec.builders.networks import CLASSIFIERS, DENOISERS
-from noisec.builders.progress import bar
-from noisec.builders.spec import AutoencoderSpec, BackdoorSpec, ClassifierSpec
 from torch import Tensor, nn
 
+from noisec.builders.images import Images
+from noisec.builders.networks import CLASSIFIERS, DENOISERS
+from noisec.builders.progress import bar, console
+from noisec.builders.spec import AutoencoderSpec, BackdoorSpec, ClassifierSpec
+
+WEIGHTS, CHECKPOINT = "weights.pt", "checkpoint.pt"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PATCH_SIDES = (2, 6)
 """smallest and one more than the largest side of a random patch, in pixels"""
 
@@ -35,7 +41,7 @@ def poison(images: Images, backdoor: BackdoorSpec, seed: int) -> Images:
     pixels, labels = images.pixels.copy(), images.labels.copy()
     pixels[chosen] = stamp(pixels[chosen])
     labels[chosen] = backdoor.target
-    return Images(pixels, labels)
+    return Images.whole(pixels, labels)
 
 
 def corrupt(images: Tensor, deviation: float, patches: float) -> Tensor:
@@ -51,71 +57,106 @@ def corrupt(images: Tensor, deviation: float, patches: float) -> Tensor:
         float32 [n, C, H, W], clipped to [0, 1]
     """
     count, channels, height, width = images.shape
-    deviations = deviation * torch.rand(count, 1, 1, 1)
+    deviations = deviation * torch.rand(count, 1, 1, 1, device=images.device)
     gauss = torch.randn_like(images)
-    noise = torch.where(torch.rand(count, 1, 1, 1) < 0.5, gauss, gauss.sign())
+    noise = torch.where(torch.rand(count, 1, 1, 1, device=images.device) < 0.5, gauss, gauss.sign())
     corrupted = (images + deviations * noise).clamp(0, 1)
     for row in torch.nonzero(torch.rand(count) < patches).flatten().tolist():
         side = int(torch.randint(*PATCH_SIDES, ()))
         top, left = int(torch.randint(height - side + 1, ())), int(torch.randint(width - side + 1, ()))
         kinds = torch.rand(channels, side, side).round(), torch.rand(channels, 1, 1), torch.ones(channels, 1, 1)
-        corrupted[row, :, top : top + side, left : left + side] = kinds[int(torch.randint(len(kinds), ()))]
+        corrupted[row, :, top : top + side, left : left + side] = kinds[int(torch.randint(len(kinds), ()))].to(images.device)
     return corrupted
 
 
-def train_classifier(spec: ClassifierSpec, images: Images, classes: int, seed: int) -> nn.Module:
-    """A reference classifier, in evaluation mode. Images are mirrored at random."""
+def train_classifier(spec: ClassifierSpec, images: Images, classes: int, seed: int, folder: Path) -> None:
+    """Train a reference classifier and write its weights into ``folder``. Images are mirrored at random."""
+    assert spec.network is not None
+    assert spec.epochs is not None
     torch.manual_seed(seed)
     if spec.backdoor:
         images = poison(images, spec.backdoor, seed)
-    network = CLASSIFIERS[spec.network](_shape(images), classes)
+    network = CLASSIFIERS[spec.network](images.shape, classes)
 
     def loss(batch: Tensor, labels: Tensor) -> Tensor:
-        mirrored = torch.where(torch.rand(len(batch), 1, 1, 1) < 0.5, batch.flip(-1), batch)
+        mirrored = torch.where(torch.rand(len(batch), 1, 1, 1, device=batch.device) < 0.5, batch.flip(-1), batch)
         return nn.functional.cross_entropy(network(mirrored)[0], labels)
 
-    return _optimise(network, images, loss, spec.epochs, spec.batch_size, spec.learning_rate, "training classifier")
+    _optimise(network, images, loss, Schedule(spec.epochs, spec.batch_size, spec.learning_rate), folder, "training classifier")
 
 
-def train_autoencoder(spec: AutoencoderSpec, images: Images, seed: int) -> nn.Module:
-    """A denoiser, in evaluation mode: minimises ``MSE(A(corrupt(x)), x)`` on clean images (NoiSec section 4.1)."""
+def train_autoencoder(spec: AutoencoderSpec, images: Images, seed: int, folder: Path) -> None:
+    """Train a denoiser and write its weights into ``folder``.
+
+    It minimises ``MSE(A(corrupt(x)), x)`` on clean images (NoiSec section 4.1)."""
     torch.manual_seed(seed)
-    network = DENOISERS[spec.network](_shape(images))
+    network = DENOISERS[spec.network](images.shape)
 
     def loss(batch: Tensor, labels: Tensor) -> Tensor:
         return nn.functional.mse_loss(network(corrupt(batch, spec.noise_sd, spec.patches)), batch)
 
-    return _optimise(network, images, loss, spec.epochs, spec.batch_size, spec.learning_rate, "training autoencoder")
+    _optimise(network, images, loss, Schedule(spec.epochs, spec.batch_size, spec.learning_rate), folder, "training autoencoder")
 
 
-def _shape(images: Images) -> tuple[int, int, int]:
-    _, channels, height, width = images.pixels.shape
-    return channels, height, width
+@dataclass(frozen=True)
+class Schedule:
+    """AdamW with a one-cycle learning rate."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
 
 
 def _optimise(
-    network: nn.Module,
-    images: Images,
-    loss: Callable[[Tensor, Tensor], Tensor],
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    title: str,
-) -> nn.Module:
-    """AdamW with a one-cycle schedule."""
-    steps = len(images) // min(batch_size, len(images))
-    optimiser = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=epochs * steps)
+    network: nn.Module, images: Images, loss: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, folder: Path, title: str
+) -> None:
+    """Train, keeping a checkpoint of every epoch in ``folder`` and going on from the one that an interrupted run left there."""
+    network.to(DEVICE)
+    size = min(schedule.batch_size, len(images))
+    steps = len(images) // size
+    optimiser = torch.optim.AdamW(network.parameters(), lr=schedule.learning_rate, weight_decay=1e-3)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, schedule.learning_rate, total_steps=schedule.epochs * steps)
+    parts: dict[str, Any] = {"network": network, "optimiser": optimiser, "rate": rate}
+    done = _resume(folder / CHECKPOINT, parts)
     network.train()
-    with bar(title, epochs * steps) as shown:
-        for _ in range(epochs):
-            for batch, labels in _batches(images, batch_size, steps):
-                value = loss(batch, labels)
+    with bar(title, schedule.epochs * steps, done * steps) as shown:
+        for epoch in range(done, schedule.epochs):
+            for batch, labels in _batches(images, size, steps):
+                value = loss(batch.to(DEVICE), labels.to(DEVICE))
                 optimiser.zero_grad()
                 value.backward()  # type: ignore[no-untyped-call]
                 optimiser.step()
-                schedule.step()
+                rate.step()
                 shown.advance(f"loss {value.item():.4f}")
+            _save(
+                {**{name: part.state_dict() for name, part in parts.items()}, "epoch": epoch + 1, "random": torch.get_rng_state()},
+                folder / CHECKPOINT,
+            )
+    _save(network.cpu().state_dict(), folder / WEIGHTS)
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+
+
+def _resume(checkpoint: Path, parts: dict[str, Any]) -> int:
+    """Epochs that an interrupted run has finished; its state goes into ``parts``."""
+    if not checkpoint.is_file():
+        return 0
+    state = torch.load(checkpoint, weights_only=True, map_location=DEVICE)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    torch.set_rng_state(state["random"].cpu())
+    console.print(f"  going on after epoch {state['epoch']}")
+    return int(state["epoch"])
+
+
+def _save(state: Any, path: Path) -> None:
+    """Write a file that is there whole or not at all."""
+    torch.save(state, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
+
+
+def load_network(network: nn.Module, folder: Path) -> nn.Module:
+    """The network with the weights that training left in ``folder``, in evaluation mode."""
+    network.load_state_dict(torch.load(folder / WEIGHTS, weights_only=True))
     return network.eval()
 
 

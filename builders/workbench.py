@@ -31,7 +31,7 @@ class Workbench:
 
         Args:
             inputs: everything that the result depends on, as JSON; the folder of an earlier step stands for that step's own inputs
-            make: fills the empty folder it is given; interrupted, it leaves no finished step behind
+            make: fills the folder it is given; interrupted, it finds there what it had left, and nothing takes that for finished
         """
         text = json.dumps({"step": name, **inputs}, sort_keys=True, default=str)
         target = self.folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
@@ -40,8 +40,7 @@ class Workbench:
             console.print(f"  {name}: unchanged, reused ({seconds:.0f} s saved)")
             return target
         unfinished = target.with_suffix(".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
+        unfinished.mkdir(exist_ok=True)
         start = time.monotonic()
         make(unfinished)
         seconds = time.monotonic() - start

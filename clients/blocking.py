@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy.typing as npt
 import tritonclient.grpc as triton_grpc
+
 from noisec.clients.requests import GuardInterface, infer_arguments, read_answer, wanted_outputs
 from noisec.clients.results import Verdicts
-
 from noisec.errors import NoisecError
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from noisec.clients.requests import GuardInterface
-from noisec.clients.results import Verdicts
 from PIL import Image, UnidentifiedImageError
 
+from noisec.clients.requests import GuardInterface
+from noisec.clients.results import Verdicts
 from noisec.errors import NoisecError
 
 

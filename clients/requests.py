@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import tritonclient.grpc as triton_grpc
-from noisec.clients.results import Verdicts
 
 from noisec import contract
+from noisec.clients.results import Verdicts
 from noisec.errors import NoisecError
 
 

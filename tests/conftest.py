@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from noisec.builders.datasets import Images, cut, fashion_mnist
+
+from noisec.builders.images import Images, cut
+from noisec.builders.sources import fashion_mnist
 from noisec.builders.spec import GUARDS, GuardSpec, read_spec
 from noisec.clients import GuardClient
 from noisec.python_backend.server import EmbeddedServer
@@ -26,7 +28,7 @@ def spec() -> GuardSpec:
 @pytest.fixture(scope="session")
 def report(spec: GuardSpec) -> Images:
     """Clean images that neither trained, fitted nor calibrated the reference guard."""
-    return cut(fashion_mnist("t10k"), (spec.data.calibrate, spec.data.report), [spec.seed, 1])[1]
+    return cut(fashion_mnist.load("t10k"), (spec.data.calibrate, spec.data.report), [spec.seed, 1])[1]
 
 
 @pytest.fixture(scope="session")

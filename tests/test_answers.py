@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
 from conftest import GUARD, REPOSITORY
+
+from noisec import contract
 from noisec.builders.calibrate import StageRunner
+from noisec.builders.images import in_batches
 from noisec.builders.repository import passes_needed
 from noisec.clients import AsyncGuardClient, GuardClient
 from noisec.clients.requests import read_answer
-from noisec.python_backend.scorer.scoring import Scorer
-
-from noisec import contract
 from noisec.contract import stage_model
 from noisec.errors import NoisecError
+from noisec.python_backend.scorer.scoring import Scorer
 
 SUBSETS = [names for count in range(1, len(contract.OUTPUTS) + 1) for names in combinations(contract.OUTPUTS, count)]
 LOGIT_DIFFERENCE = 1e-4
@@ -28,8 +29,8 @@ SCORE_DIFFERENCE = 1e-3
 @pytest.fixture(scope="module")
 def in_process(spec, pixels):
     folder = REPOSITORY / stage_model(GUARD, "scorer") / "1"
-    onnx = {stage: REPOSITORY / stage_model(GUARD, stage) / "1" / "model.onnx" for stage in ("autoencoder", "classifier")}
-    tensors = StageRunner(onnx, passes_needed(spec))(pixels)
+    stages = {stage: REPOSITORY / stage_model(GUARD, stage) / "1" for stage in ("autoencoder", "classifier")}
+    tensors = StageRunner(stages, passes_needed(spec))(in_batches(pixels), len(pixels))
     return tensors[contract.LOGITS], Scorer.load(folder / "scorer.npz").verdict(tensors)
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
 from conftest import GUARD
-from noisec.clients import GuardClient
 
 from noisec import contract
+from noisec.clients import GuardClient
 from noisec.errors import NoisecError
 
 

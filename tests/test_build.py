@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
 from noisec.builders import build as building
-from noisec.builders.datasets import fashion_mnist
+from noisec.builders import datasets, protect, sanity, train
+from noisec.builders.sources import fashion_mnist
 from noisec.builders.spec import read_spec
 from noisec.clients import GuardClient
-from noisec.python_backend.server import EmbeddedServer
-
+from noisec.errors import NoisecError
 from noisec.manifest import read_manifest, verify
+from noisec.python_backend.scorer.scoring import Scorer
+from noisec.python_backend.server import EmbeddedServer
 
 GUARD = """
 name = "mine"
@@ -47,7 +52,7 @@ components = 2
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("mine")
-    images = fashion_mnist("t10k")
+    images = fashion_mnist.load("t10k")
     few = images[np.flatnonzero(images.labels < 3)[:1300]]
     np.savez(folder / "images.npz", images=few.pixels[:, 0], labels=few.labels)
     (folder / "guard.toml").write_text(GUARD)
@@ -77,21 +82,22 @@ def test_the_published_view_costs_two_classifier_passes(guard):
 
 
 def test_exported_stages_equal_their_networks(guard):
-    differences = read_manifest(guard.repository, "mine")["export_difference"]
-    assert max(differences.values()) < 1e-4
+    content = read_manifest(guard.repository, "mine")
+    assert content["export_difference"]["autoencoder"] < 1e-4
+    assert content["figures"]["label_agreement"] == 1
 
 
 def test_a_second_run_reuses_every_finished_step_and_says_so(guard, folder, capfd, monkeypatch):
     def never(*arguments):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(building, "train_classifier", never)
+    monkeypatch.setattr(protect, "train_classifier", never)
     monkeypatch.setattr(building, "train_autoencoder", never)
     before = read_manifest(guard.repository, "mine")["files"]
     building.build(guard.spec, guard.repository, folder / "work")
     assert read_manifest(guard.repository, "mine")["files"] == before
     said = capfd.readouterr().err
-    for step in ("classifier", "autoencoder", "export", "scorer", "report"):
+    for step in ("classifier", "classifier-stage", "autoencoder", "autoencoder-stage", "scorer", "report"):
         assert f"{step}: unchanged, reused" in said
 
 
@@ -99,11 +105,72 @@ def test_a_changed_rate_repeats_only_the_calibration(guard, folder, capfd):
     building.build(guard.spec.model_copy(update={"target_fpr": 0.1, "release": 3}), guard.repository, folder / "work")
     said = capfd.readouterr().err
     assert "classifier: unchanged" in said
-    assert "export: unchanged" in said
+    assert "autoencoder-stage: unchanged" in said
     assert "scorer: done" in said
     content = read_manifest(guard.repository, "mine")
     assert content["release"] == 3
     assert content["threshold"] < read_manifest(guard.repository, "mine", 2)["threshold"]
+
+
+def test_interrupted_training_goes_on_from_its_last_epoch(guard, tmp_path, monkeypatch, capfd):
+    spec = guard.spec.autoencoder.model_copy(update={"epochs": 3})
+    few = guard.splits.train[:128]
+    train.train_autoencoder(spec, few, 0, tmp_path)
+    uninterrupted = torch.load(tmp_path / train.WEIGHTS, weights_only=True)
+    seen = []
+    whole = train._batches
+
+    def interrupted(*arguments):
+        seen.append(1)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return whole(*arguments)
+
+    monkeypatch.setattr(train, "_batches", interrupted)
+    again = tmp_path / "again"
+    again.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        train.train_autoencoder(spec, few, 0, again)
+    train.train_autoencoder(spec, few, 0, again)
+    assert len(seen) == 4
+    assert "going on after epoch 2" in capfd.readouterr().err
+    weights = torch.load(again / train.WEIGHTS, weights_only=True)
+    assert all(torch.allclose(weights[name], tensor, atol=1e-6) for name, tensor in uninterrupted.items())
+    assert [path.name for path in again.iterdir()] == [train.WEIGHTS]
+
+
+REFUSED = {
+    "too few images": ({"fit": 300}, r"data.fit is 300: 128 penultimate activations at 1 noise levels need at least 342 images"),
+    "a missing class": ({}, "1 of 4 classes have no image in the fit set \\(3\\): they would be flagged"),
+}
+
+
+@pytest.mark.parametrize(("sizes", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_guard_that_cannot_keep_its_promise_is_refused_unless_forced(guard, folder, capfd, sizes, message):
+    spec = guard.spec.model_copy(update={"data": guard.spec.data.model_copy(update=sizes)})
+    splits = datasets.load_splits(spec.data, spec.seed, cache=folder / "images")
+    protected = dataclasses.replace(guard.protected, classes=3 if sizes else 4)
+    problems = sanity.data_problems(spec, splits, protected)
+    with pytest.raises(NoisecError, match=message):
+        sanity.refuse(problems, force=False)
+    sanity.refuse(problems, force=True)
+    assert "forced past: " in capfd.readouterr().err
+
+
+def test_an_export_that_answers_otherwise_is_refused(guard):
+    other = dataclasses.replace(guard.protected, original=lambda images: guard.protected.original(1 - images))
+    problems, agreement = sanity.stage_problems(guard.spec, guard.splits, other)
+    assert agreement < 0.999
+    with pytest.raises(NoisecError, match=r"labels [\d.]+ % of 100 images otherwise than the original; at most 0.1 % is rounding"):
+        sanity.refuse(problems, force=False)
+
+
+def test_an_ill_conditioned_mixture_is_refused(guard):
+    scorer = Scorer.load(guard.repository / "mine_scorer" / "2" / "scorer.npz")
+    assert sanity.scorer_problems(scorer) == []
+    scorer.detectors[0].mixtures[0].factors[0, 0, 0] *= 1e8
+    with pytest.raises(NoisecError, match=r"detector noise-2: its mixture's covariance has condition .*, at most 1e\+10 will do"):
+        sanity.refuse(sanity.scorer_problems(scorer), force=False)
 
 
 def test_an_interrupted_step_is_not_taken_for_a_finished_one(tmp_path):

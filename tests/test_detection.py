@@ -7,11 +7,12 @@ import onnx
 import pytest
 import torch
 from conftest import GUARD, REPOSITORY
-from noisec.builders.attacks import AttackSpec, white_box
-from noisec.builders.figures import Answers, attack_figures
-from noisec.builders.networks import CLASSIFIERS
 from torch import nn
 
+from noisec.builders.attacks import AttackSpec, attack
+from noisec.builders.figures import Answers, attack_figures
+from noisec.builders.networks import CLASSIFIERS
+from noisec.builders.protect import LogitsOnly, Protected
 from noisec.contract import stage_model
 from noisec.manifest import read_manifest
 
@@ -22,7 +23,7 @@ def answers(client, images) -> Answers:
 
 
 @pytest.fixture(scope="module")
-def classifier() -> nn.Module:
+def protected() -> Protected:
     """The served classifier as a torch module, from the weights in its ONNX graph (batch norms are folded there)."""
     graph = onnx.load(REPOSITORY / stage_model(GUARD, "classifier") / "1" / "model.onnx").graph
     weights = {tensor.name: torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()) for tensor in graph.initializer}
@@ -32,7 +33,9 @@ def classifier() -> nn.Module:
             module[0].bias = nn.Parameter(weights[f"{name}.0.weight_bias"])
             module[1] = nn.Identity()
     network.load_state_dict({name: weights.get(name, value) for name, value in network.state_dict().items()})
-    return network.eval()
+    logits = LogitsOnly(network.eval())
+    stage = REPOSITORY / stage_model(GUARD, "classifier") / "1"
+    return Protected(stage, logits, lambda images: logits(torch.from_numpy(images)).detach().numpy(), 10, 128, "conv3")
 
 
 def test_accuracy_is_as_promised(client, report):
@@ -41,9 +44,9 @@ def test_accuracy_is_as_promised(client, report):
     assert accuracy == pytest.approx(read_manifest(REPOSITORY, GUARD)["figures"]["accuracy"], abs=0.001)
 
 
-def test_pgd_is_caught(client, report, classifier):
+def test_pgd_is_caught(client, report, protected):
     images = report[:1000]
-    attacked = white_box(classifier, images, AttackSpec("pgd", 0.1), seed=1)
+    attacked = attack(protected, images, AttackSpec("pgd", 0.1), seed=1)
     assert np.abs(attacked.pixels - images.floats()).max() <= 0.1 + 1e-6
     clean, malicious = answers(client, report.pixels), answers(client, attacked.pixels)
     figures = attack_figures(clean, malicious, attacked.succeeded(malicious.labels))

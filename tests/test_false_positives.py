@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from noisec.builders.attacks import noisy_clean
 from scipy.stats import betabinom
+
+from noisec.builders.attacks import noisy_clean
 
 
 def highest_credible(calibration: int, alpha: float, count: int) -> int:

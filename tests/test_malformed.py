@@ -6,9 +6,11 @@ import gzip
 
 import numpy as np
 import pytest
-from noisec.builders import datasets
-from noisec.builders.spec import GUARDS, read_spec
 
+from noisec.builders import datasets
+from noisec.builders.images import Images, cut
+from noisec.builders.sources import fashion_mnist, npz
+from noisec.builders.spec import GUARDS, read_spec
 from noisec.errors import NoisecError
 
 DEMO = (GUARDS / "demo.toml").read_text()
@@ -29,7 +31,24 @@ SPECS = {
     "npz without a path": (lambda text: text.replace('"fashion-mnist-test"', '"npz"'), "data.path goes with source = 'npz'"),
     "a path without npz": (
         lambda text: text.replace("train = ", 'path = "a.npz"\ntrain = ', 1),
-        "path goes with source = 'npz' and with no other",
+        "path goes with source = 'npz' or 'folder', may go with 'gtsrb', and goes with no other",
+    ),
+    "folder without a path": (
+        lambda text: text.replace('"fashion-mnist-test"', '"folder"'),
+        "source is 'folder', path is None",
+    ),
+    "a size for a fixed source": (
+        lambda text: text.replace("train = ", "size = [32, 32]\ntrain = ", 1),
+        r"data.size goes with source = 'folder' or 'gtsrb' and with no other; source is 'fashion-mnist-test', size is \(32, 32\)",
+    ),
+    "channels for a fixed source": (lambda text: text.replace("train = ", "channels = 3\ntrain = ", 1), "data.channels goes with source"),
+    "two channels": (
+        lambda text: text.replace('"fashion-mnist-test"', '"gtsrb"\nchannels = 2'),
+        "data.channels: Input should be 1 or 3",
+    ),
+    "no height": (
+        lambda text: text.replace('"fashion-mnist-test"', '"gtsrb"\nsize = [0, 32]'),
+        "data.size.0: Input should be greater than 0",
     ),
     "no images": (lambda text: text.replace("fit = 2400", "fit = 0"), "data.fit: Input should be greater than 0"),
     "unknown classifier": (lambda text: text.replace('"conv3"', '"resnet"'), "classifier.network: Input should be 'conv3'"),
@@ -66,7 +85,7 @@ def test_a_bad_specification_is_refused(tmp_path, change, message):
 
 
 def test_a_missing_specification_lists_the_reference_guards(tmp_path):
-    with pytest.raises(NoisecError, match=r"no such file; reference guards: demo\.toml, fashion_mnist\.toml"):
+    with pytest.raises(NoisecError, match=r"no such file; reference guards: .*demo\.toml, fashion_mnist\.toml"):
         read_spec(tmp_path / "guard.toml")
 
 
@@ -91,17 +110,17 @@ ARCHIVES = {
 def test_a_bad_archive_is_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "data.npz", **arrays)
     with pytest.raises(NoisecError, match=message):
-        datasets.npz_images(tmp_path / "data.npz")
+        npz.load(tmp_path / "data.npz")
 
 
 def test_a_truncated_archive_is_refused(tmp_path):
     np.savez(tmp_path / "whole.npz", images=IMAGES, labels=LABELS)
     (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:200])
     with pytest.raises(NoisecError, match="cut.npz: not a readable npz file"):
-        datasets.npz_images(tmp_path / "cut.npz")
+        npz.load(tmp_path / "cut.npz")
 
 
-WHOLE = (datasets.SHIPPED / "t10k-labels-idx1-ubyte.gz").read_bytes()
+WHOLE = (fashion_mnist.SHIPPED / "t10k-labels-idx1-ubyte.gz").read_bytes()
 IDX = {
     "truncated gzip": (WHOLE[:1000], "not a readable gzip file"),
     "not gzip": (b"labels", "not a readable gzip file"),
@@ -115,13 +134,13 @@ IDX = {
 def test_a_bad_idx_file_is_refused(tmp_path, content, message):
     (tmp_path / "labels.gz").write_bytes(content)
     with pytest.raises(NoisecError, match=message):
-        datasets.read_idx(tmp_path / "labels.gz")
+        fashion_mnist.read_idx(tmp_path / "labels.gz")
 
 
-def test_asking_for_more_images_than_there_are_is_refused():
+def test_asking_for_more_images_than_there_are_is_refused(tmp_path):
     data = read_spec(GUARDS / "demo.toml").data.model_copy(update={"train": 9000})
     with pytest.raises(NoisecError, match="14000 in all, of a pool of 10000; ask for fewer"):
-        datasets.load_splits(data, 0)
+        datasets.load_splits(data, 0, cache=tmp_path)
 
 
 def test_missing_classes_and_wrong_names_are_refused(tmp_path):
@@ -130,15 +149,15 @@ def test_missing_classes_and_wrong_names_are_refused(tmp_path):
     sizes = {"train": 100, "fit": 100, "calibrate": 100, "report": 100}
     data = data.model_copy(update={"source": "npz", "path": tmp_path / "data.npz", **sizes})
     with pytest.raises(NoisecError, match=r"classes \[1\] have no image in the 100 training images"):
-        datasets.load_splits(data, 0)
+        datasets.load_splits(data, 0, cache=tmp_path)
     with pytest.raises(NoisecError, match="data.class_names has 2 names; the labels go from 0 to 2"):
-        datasets.load_splits(data.model_copy(update={"class_names": ("a", "b")}), 0)
+        datasets.load_splits(data.model_copy(update={"class_names": ("a", "b")}), 0, cache=tmp_path)
 
 
 def test_the_four_sets_are_disjoint():
-    shipped = datasets.fashion_mnist("t10k")
-    marked = datasets.Images(np.arange(len(shipped), dtype=np.int64)[:, None, None, None], shipped.labels)
-    parts = datasets.cut(marked, (5000, 2400, 1600, 1000), [0])
+    shipped = fashion_mnist.load("t10k")
+    marked = Images.whole(np.arange(len(shipped), dtype=np.int64)[:, None, None, None], shipped.labels)
+    parts = cut(marked, (5000, 2400, 1600, 1000), [0])
     rows = np.concatenate([part.pixels.ravel() for part in parts])
     assert len(np.unique(rows)) == len(rows) == 10000
 
@@ -146,5 +165,5 @@ def test_the_four_sets_are_disjoint():
 def test_shipped_files_are_the_official_ones():
     import hashlib
 
-    for path in datasets.SHIPPED.glob("*.gz"):
-        assert hashlib.md5(path.read_bytes()).hexdigest() == datasets.FASHION_MNIST_MD5[path.name]
+    for path in fashion_mnist.SHIPPED.glob("*.gz"):
+        assert hashlib.md5(path.read_bytes()).hexdigest() == fashion_mnist.MD5[path.name]

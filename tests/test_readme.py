@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from noisec.builders.spec import read_spec
 from PIL import Image
+
+from noisec.builders.spec import read_spec
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"^\$ (.*)$", README, flags=re.MULTILINE)

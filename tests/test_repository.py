@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from conftest import GUARD, REPOSITORY, ROOT
 from google.protobuf import text_format
-from noisec.builders.figures import percent
-from noisec.python_backend.scorer import scoring
 from tritonclient.grpc import model_config_pb2
 
 from noisec import contract
+from noisec.builders.figures import percent
 from noisec.contract import stage_model
 from noisec.errors import NoisecError
 from noisec.manifest import manifest_path, read_manifest, releases, verify
+from noisec.python_backend.scorer import scoring
 
 CONFIGS = sorted(REPOSITORY.glob("*/config.pbtxt"))
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from noisec.builders.calibrate import SURVIVALS, fit_mixture, fit_scale
-from noisec.python_backend.scorer.scoring import Detector, GaussianMixture, Scorer, conformal_p_values, conformal_threshold
 from scipy.stats import multivariate_normal
 from sklearn.mixture import GaussianMixture as SklearnMixture
 
+from noisec.builders.calibrate import SURVIVALS, fit_mixture, fit_scale
 from noisec.errors import NoisecError
+from noisec.python_backend.scorer.scoring import Detector, GaussianMixture, Scorer, conformal_p_values, conformal_threshold
 
 
 @pytest.fixture

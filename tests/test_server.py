@@ -15,11 +15,11 @@ import numpy as np
 import psutil
 import pytest
 from conftest import GUARD, REPOSITORY
-from noisec.clients import GuardClient
-from noisec.python_backend.server import EmbeddedServer
 
+from noisec.clients import GuardClient
 from noisec.contract import stage_model
 from noisec.errors import NoisecError
+from noisec.python_backend.server import EmbeddedServer
 
 SERVE = [sys.executable, "-m", "noisec", "serve", "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
 

@@ -77,6 +77,8 @@ def build(
     spec: Annotated[Path, typer.Argument(help="The guard's TOML file.")],
     repository: Annotated[Path, typer.Option("--repository", "-r", help="Model repository to write into.")] = Path("model_repository"),
     work: Annotated[Path, typer.Option(help="Folder for finished steps; a re-run reuses them.")] = Path("workbench"),
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse broken or wrongly labelled files instead of skipping them.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Build in spite of failed sanity checks.")] = False,
 ) -> None:
     """Build a guard: data, training, export, calibration, report, model repository.
 
@@ -86,8 +88,24 @@ def build(
     from noisec.builders.spec import read_spec
 
     guard = read_spec(spec)
-    build_guard(guard, repository, work / guard.name)
+    build_guard(guard, repository, work / guard.name, strict=strict, force=force)
     console.print(f"{repository}: {guard.name} release {guard.release} is ready; serve it with: noisec serve {repository}")
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="An ONNX file, or package.module:callable that returns a torch module.")],
+    shape: Annotated[str, typer.Option(help="Shape of one input of a torch module, as C,H,W.")] = "3,32,32",
+) -> None:
+    """Show what a classifier looks like: input, logits, candidates for the penultimate layer, parameters, multiply-adds.
+
+    Example: `noisec inspect classifier.onnx` or `noisec inspect torchvision.models:resnet18 --shape 3,224,224`
+    """
+    from noisec.builders.inspect import inspect_classifier
+
+    facts, candidates = inspect_classifier(model, shape)
+    _show(model, ["", ""], facts)
+    _show("Penultimate layer: the first is taken unless the TOML names another", ["tensor", "width", "what it is"], candidates)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime
+
 from noisec.python_backend.runtimes.onnxruntime.session import open_session
 from noisec.python_backend.scorer.batching import Arrays, answer
 

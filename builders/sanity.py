@@ -1,0 +1,89 @@
+"""Reasons not to ship a guard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from noisec import contract
+from noisec.builders.images import Splits
+from noisec.builders.progress import console
+from noisec.builders.protect import Protected
+from noisec.builders.spec import GuardSpec
+from noisec.errors import NoisecError
+from noisec.python_backend.runtimes.onnxruntime.session import open_session
+from noisec.python_backend.scorer.scoring import Scorer
+
+MAX_DISAGREEMENT = 0.001
+"""share of labels in which the stage may differ from the original classifier"""
+ROWS_A_FEATURE = 2
+"""fewest fit images of each noise level for each penultimate activation"""
+MAX_CONDITION = 1e10
+"""largest condition number of a mixture's covariance"""
+
+
+def refuse(problems: Sequence[str], *, force: bool) -> None:
+    """Stop the build, or with ``force`` only say why it should have stopped.
+
+    Raises:
+        NoisecError: there is a problem and no ``force``.
+    """
+    if problems and not force:
+        raise NoisecError("\n".join([*problems, "The guard was not built; --force builds it all the same."]))
+    for problem in problems:
+        console.print(f"  [yellow]forced past:[/] {problem}")
+
+
+def data_problems(spec: GuardSpec, splits: Splits, protected: Protected) -> list[str]:
+    """Too few images, or classes without any."""
+    problems = []
+    levels = spec.noise_levels
+    needed = -(-ROWS_A_FEATURE * protected.features * levels * 4 // 3)  # a quarter sets the scales
+    if len(splits.fit) < needed:
+        problems.append(
+            f"data.fit is {len(splits.fit)}: {protected.features} penultimate activations at {levels} noise levels "
+            f"need at least {needed} images; "
+            "give more, or ask for fewer noise_levels"
+        )
+    unseen = sorted(set(range(protected.classes)) - set(splits.fit.labels.tolist()))
+    if unseen:
+        names = [splits.class_names[label] if label < len(splits.class_names) else str(label) for label in unseen]
+        problems.append(
+            f"{len(unseen)} of {protected.classes} classes have no image in the fit set ({', '.join(names[:10])}): they would be flagged"
+        )
+    return problems
+
+
+def stage_problems(spec: GuardSpec, splits: Splits, protected: Protected) -> tuple[list[str], float]:
+    """Disagreement of the exported stage with the original classifier on the report images, and the share of equal labels."""
+    session = open_session(protected.stage / "model.onnx")
+    equal = []
+    for batch in splits.report.batches():
+        images = batch.floats()
+        staged = session.run([contract.LOGITS], {contract.IMAGE: images})[0]
+        equal.append(staged.argmax(axis=1) == protected.original(images).argmax(axis=1))
+    agreement = float(np.concatenate(equal).mean())
+    if 1 - agreement > MAX_DISAGREEMENT:
+        message = (
+            f"the exported classifier labels {100 * (1 - agreement):.2f} % of {len(splits.report)} images otherwise than the original; "
+            f"at most {100 * MAX_DISAGREEMENT:g} % is rounding: check classifier.preprocessing"
+        )
+        return [message], agreement
+    return [], agreement
+
+
+def scorer_problems(scorer: Scorer) -> list[str]:
+    """Mixtures that rest on directions in which clean images hardly vary."""
+    worst = {
+        detector.name: max(
+            float(np.linalg.cond(factor.astype(np.float64)) ** 2) for mixture in detector.mixtures for factor in mixture.factors
+        )
+        for detector in scorer.detectors
+    }
+    return [
+        f"detector {name}: its mixture's covariance has condition {condition:.1e}, at most {MAX_CONDITION:.0e} will do: "
+        "give more fit images"
+        for name, condition in worst.items()
+        if not condition <= MAX_CONDITION
+    ]
