@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,7 @@ class AttackSpec:
 
 WITH_GRADIENTS = ("fgsm-0.05", "fgsm-0.1", "pgd-0.02", "pgd-0.05", "pgd-0.1")
 WITHOUT_GRADIENTS = ("square-0.05", "square-0.1")
+TRIGGER = "badnets"
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,15 @@ class AttackedImages:
         """Whether each input got what the attacker wants: bool [n] from the classifier's labels int64 [n]."""
         wrong: npt.NDArray[np.bool_] = predicted != self.labels if self.target is None else predicted == self.target
         return wrong
+
+    def save(self, path: Path) -> None:
+        np.savez(path, pixels=self.pixels, labels=self.labels, target=np.array(-1 if self.target is None else self.target))
+
+    @classmethod
+    def load(cls, path: Path) -> AttackedImages:
+        with np.load(path, allow_pickle=False) as arrays:
+            target = int(arrays["target"])
+            return cls(arrays["pixels"], arrays["labels"], None if target < 0 else target)
 
 
 def attack(protected: Protected, images: Images, spec: AttackSpec, seed: int) -> AttackedImages:
@@ -104,10 +115,18 @@ def backdoored(images: Images, backdoor: BackdoorSpec) -> AttackedImages:
 
 def attack_all(spec: GuardSpec, protected: Protected, images: Images) -> Iterator[tuple[str, AttackedImages]]:
     """Every attack that the specification asks for by name, one at a time, and the backdoor's trigger where the classifier has one."""
-    for name in spec.attacks or (WITH_GRADIENTS if protected.network else WITHOUT_GRADIENTS):
-        yield name, attack(protected, images, AttackSpec.parse(name), spec.seed)
-    if spec.classifier.backdoor:
-        yield "badnets", backdoored(images, spec.classifier.backdoor)
+    for name in names(spec, protected):
+        if name == TRIGGER:
+            assert spec.classifier.backdoor is not None
+            yield name, backdoored(images, spec.classifier.backdoor)
+        else:
+            yield name, attack(protected, images, AttackSpec.parse(name), spec.seed)
+
+
+def names(spec: GuardSpec, protected: Protected) -> list[str]:
+    """The attacks of a guard's report."""
+    chosen = spec.attacks or (WITH_GRADIENTS if protected.network else WITHOUT_GRADIENTS)
+    return [*chosen, *([TRIGGER] if spec.classifier.backdoor else [])]
 
 
 def noisy_clean(images: Images, deviation: float, seed: int) -> npt.NDArray[np.float32]:

@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import roc_auc_score
 
+PrecisionTable = dict[str, dict[str, dict[str, float]]]
+"""precision -> runtime -> figure -> value"""
 Floats = npt.NDArray[np.float32]
 
 
@@ -78,6 +80,25 @@ def figure_rows(figures: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         kept = percent(1 - attack["success"]) if name != "badnets" else ""
         shown = [percent(attack[key]) for key in ("success", "flagged")]
         rows.append([name, kept, *shown, f"{attack['auroc']:.3f}", percent(attack["tpr_at_1pct"]), percent(attack["joint_success"])])
+    return heads, rows
+
+
+def precision_rows(table: PrecisionTable) -> tuple[list[str], list[list[str]]]:
+    """Column heads and rows of a manifest's ``precisions``."""
+    heads = ["precision", "runtime", "labels as fp32", "mean AUROC", "mean TPR at 1 % FPR", "MB", "build seconds"]
+    rows = [
+        [
+            precision,
+            runtime,
+            percent(one["label_agreement"], 2),
+            f"{one['auroc']:.4f}",
+            percent(one["tpr_at_1pct"]),
+            f"{one['megabytes']:.2f}",
+            f"{one['build_seconds']:.0f}",
+        ]
+        for precision, runtimes in table.items()
+        for runtime, one in runtimes.items()
+    ]
     return heads, rows
 
 

@@ -133,6 +133,11 @@ def _own(
 ) -> Protected:
     model = read_model(path)
     anatomy = dissect(model, path.name)
+    if len(splits.class_names) > anatomy.classes:
+        raise NoisecError(
+            f"{path.name}: has {anatomy.classes} classes; the labels go from 0 to {len(splits.class_names) - 1}: "
+            "give images labelled as the classifier labels them"
+        )
     penultimate = choose_penultimate(anatomy, model, spec.penultimate, path.name)
     console.print(f"  penultimate layer of {path.name}: {penultimate.tensor} [{penultimate.width}], {penultimate.why}", markup=False)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from noisec import contract
+from noisec.builders.figures import PrecisionTable
 from noisec.builders.images import Splits
 from noisec.builders.progress import console
 from noisec.builders.protect import Protected
@@ -19,6 +20,8 @@ MAX_DISAGREEMENT = 0.001
 """share of labels in which the stage may differ from the original classifier"""
 ROWS_A_FEATURE = 2
 """fewest fit images of each noise level for each penultimate activation"""
+MAX_AUROC_LOSS, MAX_PRECISION_DISAGREEMENT = 0.01, 0.005
+"""what a lower precision may lose of mean AUROC and of equal labels"""
 MAX_CONDITION = 1e10
 """largest condition number of a mixture's covariance"""
 
@@ -87,3 +90,23 @@ def scorer_problems(scorer: Scorer) -> list[str]:
         for name, condition in worst.items()
         if not condition <= MAX_CONDITION
     ]
+
+
+def precision_problems(name: str, table: PrecisionTable, runtime: str) -> list[str]:
+    """A precision that loses too much against fp32."""
+    if not table or name == "fp32":
+        return []
+    own, exact = table[name][runtime], table["fp32"][runtime]
+    lost = exact["auroc"] - own["auroc"]
+    problems = []
+    if lost > MAX_AUROC_LOSS:
+        problems.append(
+            f"precision {name} loses {lost:.3f} of mean AUROC against fp32; at most {MAX_AUROC_LOSS} will do: "
+            "try fp16, or one stage in fp32"
+        )
+    if 1 - own["label_agreement"] > MAX_PRECISION_DISAGREEMENT:
+        problems.append(
+            f"precision {name} labels {100 * (1 - own['label_agreement']):.2f} % of clean images otherwise than fp32; at most "
+            f"{100 * MAX_PRECISION_DISAGREEMENT:g} % will do: set stage_precision.classifier"
+        )
+    return problems

@@ -20,6 +20,10 @@ else:
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Precision = Literal["fp32", "fp16", "int8"]
+Calibration = Literal["max", "entropy", "percentile"]
+INT8_IMAGES = 500
+"""clean images from which int8 takes its ranges"""
 Deviation = Annotated[float, Field(ge=0, le=1)]
 Side = Annotated[int, Field(gt=0, le=4096)]
 
@@ -173,7 +177,14 @@ class GuardSpec(Section):
     """alpha: the share of clean inputs that may be called malicious"""
     seed: Annotated[int, Field(ge=0)] = 0
     runtime: Literal["onnxruntime"] = "onnxruntime"
-    precision: Literal["fp32"] = "fp32"
+    precision: Precision = "fp32"
+    """written into the network stages' graphs"""
+    stage_precision: dict[Literal["autoencoder", "classifier"], Precision] = {}
+    """other precision for one stage"""
+    compare: tuple[Precision, ...] = ()
+    """precisions that are built and measured beside the one that serves"""
+    int8_calibration: Calibration = "entropy"
+    """how int8 ranges are taken from clean images"""
     natural_noise_sd: Deviation = 0.0
     """clean images are fitted and calibrated half as they are, half with sensor noise of a deviation drawn from [0, this]"""
     noise_levels: Annotated[int, Field(ge=1, le=16)] = 1
@@ -195,6 +206,17 @@ class GuardSpec(Section):
                 f"attacks: {', '.join(needs_gradients)} need gradients, which an ONNX classifier does not give; use square-EPS, "
                 "or give the PyTorch module with classifier.factory"
             )
+        return self
+
+    def precision_of(self, stage: Literal["autoencoder", "classifier"]) -> Precision:
+        """The precision in which a stage serves."""
+        return self.stage_precision.get(stage, self.precision)
+
+    @model_validator(mode="after")
+    def _enough_for_int8(self) -> GuardSpec:
+        asked = {self.precision, *self.stage_precision.values(), *self.compare}
+        if "int8" in asked and self.data.fit < INT8_IMAGES:
+            raise ValueError(f"data.fit is {self.data.fit}: int8 takes its ranges from {INT8_IMAGES} clean images; give more")
         return self
 
     @model_validator(mode="after")

@@ -15,6 +15,11 @@ from noisec.builders.progress import console
 DONE = "step.json"
 
 
+def seconds_of(folder: Path) -> float:
+    """How long a finished step took."""
+    return float(json.loads((folder / DONE).read_text())["seconds"])
+
+
 class Workbench:
     """A folder of finished steps.
 
@@ -36,8 +41,7 @@ class Workbench:
         text = json.dumps({"step": name, **inputs}, sort_keys=True, default=str)
         target = self.folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         if (target / DONE).is_file():
-            seconds = json.loads((target / DONE).read_text())["seconds"]
-            console.print(f"  {name}: unchanged, reused ({seconds:.0f} s saved)")
+            console.print(f"  {name}: unchanged, reused ({seconds_of(target):.0f} s saved)")
             return target
         unfinished = target.with_suffix(".unfinished")
         unfinished.mkdir(exist_ok=True)

@@ -74,6 +74,6 @@ def test_errors_are_printed_alone(tmp_path):
     assert "no guard in this folder" in noisec("verify", tmp_path, code=1)
 
 
-@pytest.mark.parametrize("command", ["build", "serve", "classify", "verify", "demo"])
+@pytest.mark.parametrize("command", ["build", "inspect", "serve", "classify", "verify", "demo"])
 def test_every_command_explains_itself_with_an_example(command):
     assert f"noisec {command}" in noisec(command, "--help").replace("\n", " ")

@@ -27,7 +27,7 @@ def commands(start: str) -> list[list[str]]:
 
 
 def test_every_command_of_the_readme_is_covered_here():
-    known = ("make demo", "noisec serve", "noisec classify", "noisec build", "noisec verify", "docker run")
+    known = ("noisec inspect", "make demo", "noisec serve", "noisec classify", "noisec build", "noisec verify", "docker run")
     assert [command for command in COMMANDS if not command.removeprefix(".venv/bin/").startswith(known)] == []
     assert {name for name in known if commands(name)} == set(known)
 
@@ -78,6 +78,18 @@ def test_the_build_command_names_a_valid_guard_and_the_verify_command_verifies()
         assert read_spec(ROOT / command[2]).name == "fashion_mnist"
     for command in commands("noisec verify"):
         subprocess.run([*NOISEC, *command[1:]], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_the_inspect_command_inspects():
+    for command in commands("noisec inspect"):
+        out = subprocess.run([*NOISEC, *command[1:]], check=True, capture_output=True, text=True).stdout
+        assert "multiply-adds" in out
+
+
+def test_the_guard_of_the_readme_is_valid(tmp_path):
+    (text,) = re.findall(r"```toml\n(.*?)```", README, flags=re.DOTALL)
+    (tmp_path / "guard.toml").write_text(text)
+    assert read_spec(tmp_path / "guard.toml").classifier.kind == "onnx"
 
 
 def test_the_python_client_example_runs(server, pixels, capsys):

@@ -1,0 +1,150 @@
+"""Lower precision stays where it belongs, and TensorRT takes every stage in every precision."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import tensorrt_rtx_bindings as rtx
+from conftest import GUARD, REPOSITORY
+from onnx import TensorProto
+
+from noisec import contract
+from noisec.builders.build import AUTOENCODER_OUTPUTS, NETWORK_STAGES, PRECISIONS, classifier_feeds
+from noisec.builders.engine import EngineOptions, build_plan, find_tensorrt, gpus
+from noisec.builders.images import in_batches
+from noisec.builders.precision import LOWERED, lower
+from noisec.builders.sanity import precision_problems
+from noisec.contract import stage_model
+from noisec.errors import NoisecError
+from noisec.python_backend.runtimes.onnxruntime.session import open_session
+
+PAIRS = [(stage, precision) for stage in NETWORK_STAGES for precision in PRECISIONS]
+LOWER_PAIRS = [pair for pair in PAIRS if pair[1] != "fp32"]
+
+
+def exact(stage):
+    return REPOSITORY / stage_model(GUARD, stage) / "1"
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory, report):
+    """(stage, precision) -> folder, made from 500 real clean images."""
+    images = report[:500].floats()
+    folders = {}
+    for stage, precision in PAIRS:
+        folders[stage, precision] = tmp_path_factory.mktemp(f"{stage}-{precision}")
+        feeds = in_batches(images) if stage == "autoencoder" else classifier_feeds(exact("autoencoder"), in_batches(images))
+        lower(exact(stage), precision, feeds, "entropy", folders[stage, precision])
+    return folders
+
+
+def run(folder, outputs, images):
+    return dict(zip(outputs, open_session(folder / "model.onnx").run(list(outputs), {contract.IMAGE: images}), strict=True))
+
+
+@pytest.mark.parametrize(("stage", "precision"), PAIRS)
+def test_inputs_and_outputs_are_fp32_in_every_precision(stages, stage, precision):
+    graph = onnx.load(stages[stage, precision] / "model.onnx").graph
+    assert {value.type.tensor_type.elem_type for value in [*graph.input, *graph.output]} == {TensorProto.FLOAT}
+    assert [value.name for value in graph.input] == [contract.IMAGE]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_noise_is_subtracted_from_the_image_as_it_came_in(stages, pixels, precision):
+    answer = run(stages["autoencoder", precision], AUTOENCODER_OUTPUTS, pixels)
+    assert np.abs(answer[contract.NOISE] + answer[contract.RECONSTRUCTION] - pixels).max() < 1e-6
+    graph = onnx.load(stages["autoencoder", precision] / "model.onnx").graph
+    (subtraction,) = [node for node in graph.node if contract.NOISE in node.output]
+    assert subtraction.op_type == "Sub"
+    assert subtraction.input[0] == contract.IMAGE
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_range_check_is_exact_in_every_precision(stages, pixels, precision):
+    images = np.repeat(pixels[:1], 6, axis=0)
+    images[:, 0, 3, 4] = [0, 1, 1.0002, -0.0002, np.nan, np.inf]
+    inside = run(stages["autoencoder", precision], [contract.IN_RANGE], images)[contract.IN_RANGE][:, 0]
+    assert inside.tolist() == [1, 1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("stage", "precision"), LOWER_PAIRS)
+def test_the_graph_really_is_in_lower_precision(stages, stage, precision):
+    graph = onnx.load(stages[stage, precision] / "model.onnx").graph
+    weights = [tensor for tensor in graph.initializer if len(tensor.dims) > 1]
+    kind = TensorProto.FLOAT16 if precision == "fp16" else TensorProto.INT8
+    lowered = sum(int(np.prod(tensor.dims)) for tensor in weights if tensor.data_type == kind)
+    share = lowered / sum(int(np.prod(tensor.dims)) for tensor in weights)
+    if precision == "int8":  # weights may stay fp32 in front of their quantisation
+        kinds = [node.op_type for node in graph.node]
+        share = kinds.count("QuantizeLinear") / max(1, sum(kind in LOWERED for kind in kinds))
+    assert share > 0.9
+
+
+@pytest.mark.parametrize("stage", NETWORK_STAGES)
+def test_int8_scales_are_fp32(stages, stage):
+    graph = onnx.load(stages[stage, "int8"] / "model.onnx").graph
+    kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    pairs = [node for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert pairs
+    assert {kinds[node.input[1]] for node in pairs} == {TensorProto.FLOAT}
+
+
+@pytest.mark.parametrize("output", [contract.PENULTIMATE, contract.LOGITS])
+def test_outputs_of_the_classifier_are_never_quantised(stages, output):
+    graph = onnx.load(stages["classifier", "int8"] / "model.onnx").graph
+    producer = {name: node for node in graph.node for name in node.output}
+    node = producer[output]
+    while node.op_type not in LOWERED:
+        assert node.op_type not in ("QuantizeLinear", "DequantizeLinear")
+        node = producer[node.input[0]]
+
+
+@pytest.mark.parametrize("stage", NETWORK_STAGES)
+def test_what_reads_the_image_is_not_quantised(stages, stage):
+    graph = onnx.load(stages[stage, "int8"] / "model.onnx").graph
+    readers = {node.op_type for node in graph.node if contract.IMAGE in node.input}
+    assert "QuantizeLinear" not in readers
+    assert "Conv" in readers
+
+
+@pytest.mark.parametrize(("stage", "precision"), LOWER_PAIRS)
+def test_answers_drift_little(stages, pixels, stage, precision):
+    outputs = AUTOENCODER_OUTPUTS[1:2] if stage == "autoencoder" else (contract.LOGITS,)
+    found = run(stages[stage, precision], outputs, pixels)[outputs[0]]
+    wanted = run(exact(stage), outputs, pixels)[outputs[0]]
+    limit = {"fp16": 0.01, "int8": 0.15}[precision] * np.abs(wanted).max()
+    assert 0 < np.abs(found - wanted).max() < limit
+    if stage == "classifier":
+        assert np.mean(found.argmax(axis=1) == wanted.argmax(axis=1)) >= 0.985
+
+
+@pytest.mark.parametrize(("stage", "precision"), PAIRS)
+def test_tensorrt_parses_and_builds_every_stage_in_every_precision(stages, stage, precision):
+    path = stages[stage, precision] / "model.onnx"
+    plan = build_plan(rtx, path, largest=64, options=EngineOptions(optimum=16))
+    assert len(plan) > 100_000
+    assert plan != build_plan(rtx, path, largest=8, options=EngineOptions(optimum=1, level=0))
+
+
+def test_a_stage_that_tensorrt_cannot_parse_is_named_with_its_reason(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(NoisecError, match=r"model\.onnx: TensorRT cannot parse this stage: .+"):
+        build_plan(rtx, tmp_path / "model.onnx", 64, EngineOptions())
+
+
+@pytest.mark.skipif(gpus() > 0, reason="this machine has an NVIDIA GPU")
+def test_without_a_gpu_one_sentence_says_so():
+    with pytest.raises(NoisecError, match="^no NVIDIA GPU on this machine: .*; nothing was changed$"):
+        find_tensorrt()
+
+
+@pytest.mark.parametrize("change", [{"auroc": 0.93}, {"label_agreement": 0.99}])
+def test_a_precision_that_loses_too_much_is_refused(change):
+    exact_figures = {"auroc": 0.95, "label_agreement": 1.0}
+    kept = {"auroc": 0.945, "label_agreement": 0.996}
+    table = {"fp32": {"onnxruntime": exact_figures}, "int8": {"onnxruntime": kept}}
+    assert precision_problems("int8", table, "onnxruntime") == []
+    table["int8"]["onnxruntime"] = {**kept, **change}
+    (problem,) = precision_problems("int8", table, "onnxruntime")
+    assert "precision int8" in problem
