@@ -16,7 +16,7 @@ import numpy.typing as npt
 import noisec
 from noisec import contract, manifest
 from noisec.builders import attacks, datasets, figures, sanity
-from noisec.builders.calibrate import StageRunner, fit_scorer
+from noisec.builders.calibrate import fit_scorer
 from noisec.builders.card import write_card
 from noisec.builders.export import AutoencoderStage, export_difference, export_stage
 from noisec.builders.images import Floats, Splits, in_batches, natural
@@ -26,6 +26,7 @@ from noisec.builders.progress import console
 from noisec.builders.protect import Protected, protect, training_inputs
 from noisec.builders.repository import Widths, passes_needed, write_repository
 from noisec.builders.spec import INT8_IMAGES, GuardSpec, Precision
+from noisec.builders.stages import StageRunner, ask_guard, in_process
 from noisec.builders.train import load_network, train_autoencoder
 from noisec.builders.workbench import Workbench, seconds_of
 from noisec.python_backend.runtimes.onnxruntime.session import open_session
@@ -34,7 +35,6 @@ from noisec.python_backend.scorer.scoring import Scorer
 Stage = Literal["autoencoder", "classifier"]
 NETWORK_STAGES: tuple[Stage, ...] = ("autoencoder", "classifier")
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
-AUTOENCODER_OUTPUTS = (contract.NOISE, contract.RECONSTRUCTION, contract.NOISE_LEVEL, contract.IN_RANGE)
 COMPARED = 256
 """images on which an exported stage is compared with its network"""
 
@@ -182,13 +182,13 @@ def build_autoencoder(spec: GuardSpec, splits: Splits, bench: Workbench) -> Path
     """Folder with the autoencoder stage, trained, exported and compared with its network."""
     weights = bench.step(
         "autoencoder",
-        {**training_inputs(spec, splits), "autoencoder": spec.autoencoder.model_dump(mode="json", exclude_defaults=True)},
+        {**training_inputs(spec, splits), "autoencoder": spec.autoencoder.model_dump(mode="json")},
         lambda folder: train_autoencoder(spec.autoencoder, splits.train, spec.seed, folder),
     )
     stage = AutoencoderStage(load_network(DENOISERS[spec.autoencoder.network](splits.shape), weights))
 
     def export(folder: Path) -> None:
-        export_stage(stage, splits.shape, AUTOENCODER_OUTPUTS, folder / "model.onnx")
+        export_stage(stage, splits.shape, contract.AUTOENCODER_OUTPUTS, folder / "model.onnx")
         difference = export_difference(stage, folder / "model.onnx", splits.fit[:COMPARED].floats())
         (folder / "difference.json").write_text(json.dumps({"autoencoder": difference}))
 
@@ -197,12 +197,12 @@ def build_autoencoder(spec: GuardSpec, splits: Splits, bench: Workbench) -> Path
 
 def scorer_inputs(spec: GuardSpec, splits: Splits, stages: dict[str, Path]) -> dict[str, Any]:
     fields = {"release", "target_fpr", "seed", "natural_noise_sd", "noise_levels", "data", "detectors"}
-    chosen = json.loads(spec.model_dump_json(include=fields, exclude_defaults=True))
+    chosen = json.loads(spec.model_dump_json(include=fields))
     return {**chosen, "files": splits.digest, **{stage: folder.name for stage, folder in stages.items()}}
 
 
 def fit(spec: GuardSpec, stages: dict[str, Path], splits: Splits, folder: Path) -> None:
-    fit_scorer(spec, StageRunner(stages, passes_needed(spec)), splits).save(folder / "scorer.npz")
+    fit_scorer(spec, StageRunner(in_process(stages), passes_needed(spec)), splits).save(folder / "scorer.npz")
 
 
 def attack_report(spec: GuardSpec, protected: Protected, splits: Splits, bench: Workbench) -> Path:
@@ -225,21 +225,16 @@ def attack_report(spec: GuardSpec, protected: Protected, splits: Splits, bench: 
 
 def measure(spec: GuardSpec, stages: dict[str, Path], scorer: Scorer, splits: Splits, attacked: Path, folder: Path) -> None:
     """Ask the stages about clean, noisy and attacked report images; write ``figures.json`` and the clean images' labels."""
-    run = StageRunner(stages, passes_needed(spec))
-
-    def ask(batches: Iterable[Floats], count: int, title: str) -> figures.Answers:
-        tensors = run(batches, count, title)
-        verdict = scorer.verdict(tensors)
-        return figures.Answers(tensors[contract.LOGITS].argmax(axis=1), verdict.score, verdict.is_malicious)
+    run = StageRunner(in_process(stages), passes_needed(spec))
 
     report = splits.report
-    clean = ask((batch.floats() for batch in report.batches()), len(report), "clean images")
-    noisy = ask(natural(report, spec.natural_noise_sd, spec.seed + 2), len(report), "noisy images")
+    clean = ask_guard(run, scorer, (batch.floats() for batch in report.batches()), len(report), "clean images")
+    noisy = ask_guard(run, scorer, natural(report, spec.natural_noise_sd, spec.seed + 2), len(report), "noisy images")
     result = figures.clean_figures(clean, noisy, report.labels, spec.target_fpr)
     result["attacks"] = {}
     for name in json.loads((attacked / "names.json").read_text()):
         sent = attacks.AttackedImages.load(attacked / f"{name}.npz")
-        answers = ask(in_batches(sent.pixels), len(sent.pixels), name)
+        answers = ask_guard(run, scorer, in_batches(sent.pixels), len(sent.pixels), name)
         result["attacks"][name] = figures.attack_figures(clean, answers, sent.succeeded(answers.labels))
     np.save(folder / "labels.npy", clean.labels)
     (folder / "figures.json").write_text(json.dumps(result, indent=2))

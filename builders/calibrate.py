@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -11,57 +10,16 @@ from sklearn.covariance import LedoitWolf
 from sklearn.mixture import GaussianMixture as SklearnMixture
 
 from noisec import contract
-from noisec.builders.images import BATCH, Splits, natural
-from noisec.builders.progress import tracked
+from noisec.builders.images import Splits, natural
 from noisec.builders.spec import DetectorSpec, GuardSpec
+from noisec.builders.stages import StageRunner
 from noisec.errors import NoisecError
-from noisec.python_backend.runtimes.onnxruntime.session import open_session
 from noisec.python_backend.scorer.scoring import Detector, Floats, GaussianMixture, Scorer, TailScale
 
 SCALE_SHARE = 0.25
 """share of the fit images that set the detectors' scales instead of their mixtures"""
 SURVIVALS = np.array([0.99, 0.9, 0.75, 0.5, 0.25, 0.1, 0.02])
 """shares of clean images above each knot of a scale; the last two set the slope of the tail"""
-
-
-class StageRunner:
-    """Runs the exported network stages in this process, in the ensemble's order.
-
-    Args:
-        stages: ``autoencoder`` and ``classifier`` -> folder with the stage's ``model.onnx``
-        passes: classifier passes besides the image's
-    """
-
-    def __init__(self, stages: Mapping[str, Path], passes: tuple[contract.Pass, ...], threads: int = 0) -> None:
-        self._autoencoder = open_session(stages["autoencoder"] / "model.onnx", threads)
-        self._classifier = open_session(stages["classifier"] / "model.onnx", threads)
-        self._passes = passes
-
-    def __call__(self, batches: Iterable[Floats], count: int, title: str = "running stages") -> dict[str, Floats]:
-        """LOGITS and everything that a scorer reads.
-
-        Args:
-            batches: float32 [n, C, H, W] each
-            count: images in all
-
-        Returns:
-            tensor name -> float32 [count, ...]
-        """
-        results = [self._batch(batch) for batch in tracked(batches, title, -(-count // BATCH))]
-        return {name: np.concatenate([result[name] for result in results]) for name in results[0]}
-
-    def _batch(self, images: Floats) -> dict[str, Floats]:
-        names = (contract.NOISE, contract.RECONSTRUCTION, contract.NOISE_LEVEL, contract.IN_RANGE)
-        outputs = dict(zip(names, self._autoencoder.run(names, {contract.IMAGE: images}), strict=True))
-        sources = {"image": images, "noise": outputs[contract.NOISE], "reconstruction": outputs[contract.RECONSTRUCTION]}
-        results = {name: outputs[name] for name in (contract.NOISE_LEVEL, contract.IN_RANGE)}
-        for one in self._passes:
-            logits, results[contract.PASSES[one]] = self._classifier.run(
-                [contract.LOGITS, contract.PENULTIMATE], {contract.IMAGE: sources[one]}
-            )
-            if one == "image":
-                results[contract.LOGITS] = logits
-        return results
 
 
 def fit_mixture(vectors: Floats, components: int, seed: int) -> GaussianMixture:

@@ -19,7 +19,8 @@ Protects the classifier `{classifier}` ({source}, {classes}). Ask the ensemble `
 On {n} held-out images, attacks on the classifier (L-infinity, epsilon in the name; FGSM and PGD
 with its gradients, Square with {queries} of its answers), exported stages in process.
 Nominal false-positive rate {alpha}; AUROC and TPR are against clean images; "flagged" is the guard's own verdict at its calibrated
-threshold; "missed" is the share of attacks that succeeded and were not flagged; every attacked image counts, successful or not.
+threshold; every attacked image counts. "Attack success" counts every wrong label, the classifier's own errors included; "missed" is the
+share of attacks that succeeded and were not flagged.
 
 {table}
 

@@ -16,7 +16,8 @@ from noisec import contract
 from noisec.builders.spec import PreprocessingSpec
 from noisec.errors import NoisecError
 
-MIN_OPSET = 11
+MIN_OPSET, MAX_OPSET = 11, 21
+"""21 is the newest that ONNX Runtime 1.19, the one in Triton 24.10, runs"""
 IR_VERSION = 10
 """the newest that ONNX Runtime 1.19, the one in Triton 24.10, reads"""
 AFTER_LOGITS = {"Softmax", "LogSoftmax", "Identity", "Cast"}
@@ -153,6 +154,10 @@ def dissect(model: ModelProto, where: str = "model") -> Anatomy:
     if opset < MIN_OPSET:
         raise NoisecError(
             f"{where}: opset {opset}; at least {MIN_OPSET} is needed: export it again, or convert it with onnx.version_converter"
+        )
+    if opset > MAX_OPSET:
+        raise NoisecError(
+            f"{where}: opset {opset}; servers of today run up to {MAX_OPSET}: export it with opset_version={MAX_OPSET} or lower"
         )
     graph = _Graph(model)
     if len(graph.inputs) != 1:

@@ -79,9 +79,20 @@ def _export(
     assert program is not None
     model = program.model_proto
     model.ir_version = min(model.ir_version, IR_VERSION)
+    _forget_sources(model)
     onnx.checker.check_model(model, full_check=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(model, path)
+
+
+def _forget_sources(model: onnx.ModelProto) -> None:
+    """Remove what torch notes of source files and their paths on this machine."""
+    graph = model.graph
+    del model.metadata_props[:], graph.metadata_props[:]
+    for node in graph.node:
+        del node.metadata_props[:]
+    for value in [*graph.value_info, *graph.input, *graph.output]:
+        del value.metadata_props[:]
 
 
 def export_difference(stage: nn.Module, path: Path, images: npt.NDArray[np.float32]) -> float:

@@ -43,7 +43,7 @@ def attack_figures(clean: Answers, attacked: Answers, succeeded: npt.NDArray[np.
     """Figures of one attack against clean images.
 
     Args:
-        succeeded: bool [n], whether the classifier gave the attacker the label
+        succeeded: bool [n], whether the classifier gave the attacker the label; its own errors count too
     """
     benign, malicious = clean.ordered(), attacked.ordered()
     return {

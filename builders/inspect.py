@@ -39,6 +39,8 @@ def _dissect(model: str, shape: str) -> Anatomy:
         return dissect(read_model(Path(model)), model)
     try:
         channels, height, width = map(int, shape.split(","))
+        if min(channels, height, width) < 1:
+            raise ValueError
     except ValueError as error:
         raise NoisecError(f"--shape {shape!r}: expected C,H,W, for example 3,32,32") from error
     with tempfile.TemporaryDirectory() as folder:

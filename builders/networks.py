@@ -11,6 +11,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from noisec.errors import NoisecError
+
+Shape = tuple[int, int, int]
+"""(C, H, W)"""
+
 
 def conv_block(inputs: int, outputs: int, layers: int = 2) -> nn.Sequential:
     """``layers`` times [3x3 convolution, batch norm, ReLU]."""
@@ -33,6 +38,10 @@ class ConvClassifier(nn.Module):
     ) -> None:
         super().__init__()
         channels, height, width = shape
+        if min(height, width) >> len(widths) == 0:
+            raise NoisecError(
+                f"images of {height} x {width} are too small for this network; at least {1 << len(widths)} pixels a side are needed"
+            )
         blocks: list[nn.Module] = []
         for outputs in widths:
             blocks += [conv_block(channels, outputs, layers), nn.MaxPool2d(2), nn.Dropout(dropout)]
@@ -178,7 +187,25 @@ class BottleneckAutoencoder(nn.Module):
         return reconstruction
 
 
-Shape = tuple[int, int, int]
+class Padded(nn.Module):
+    """A network that halves its images twice, for images of any size: edges are repeated up to a multiple of four, and cut off again."""
+
+    def __init__(self, network: Callable[[Shape], nn.Module], shape: Shape) -> None:
+        super().__init__()
+        channels, self.height, self.width = shape
+        self.below, self.right = -self.height % 4, -self.width % 4
+        self.network = network((channels, self.height + self.below, self.width + self.right))
+
+    def forward(self, images: Tensor) -> Tensor:
+        padded = nn.functional.pad(images, (0, self.right, 0, self.below), mode="replicate")
+        result: Tensor = self.network(padded)[:, :, : self.height, : self.width]
+        return result
+
+
+def denoiser(network: Callable[[Shape], nn.Module], shape: Shape) -> nn.Module:
+    """The network, padded only where the image's size asks for it."""
+    return Padded(network, shape) if shape[1] % 4 or shape[2] % 4 else network(shape)
+
 
 CLASSIFIERS: dict[str, Callable[[Shape, int], nn.Module]] = {
     # NoiSec's Fashion-MNIST classifier: three convolutions, three dense layers, 128 features.
@@ -189,8 +216,8 @@ CLASSIFIERS: dict[str, Callable[[Shape, int], nn.Module]] = {
 """name -> (image shape, number of classes) -> classifier"""
 
 DENOISERS: dict[str, Callable[[Shape], nn.Module]] = {
-    "unet": lambda shape: UNetDenoiser(shape),
-    "unet-small": lambda shape: UNetDenoiser(shape, (8, 16, 32)),
-    "bottleneck": lambda shape: BottleneckAutoencoder(shape, latent=256 if shape[0] == 1 else 1024),
+    "unet": lambda shape: denoiser(UNetDenoiser, shape),
+    "unet-small": lambda shape: denoiser(lambda padded: UNetDenoiser(padded, (8, 16, 32)), shape),
+    "bottleneck": lambda shape: denoiser(lambda padded: BottleneckAutoencoder(padded, 256 if shape[0] == 1 else 1024), shape),
 }
 """name -> image shape -> denoiser"""

@@ -6,7 +6,8 @@ import hashlib
 import importlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,6 @@ from noisec.builders.spec import ClassifierSpec, GuardSpec, PreprocessingSpec
 from noisec.builders.train import load_network, train_classifier
 from noisec.builders.workbench import Workbench
 from noisec.errors import NoisecError
-from noisec.manifest import digest
 from noisec.python_backend.runtimes.onnxruntime.session import open_session
 
 STAGE = "model.onnx"
@@ -93,16 +93,20 @@ def protect(spec: GuardSpec, splits: Splits, bench: Workbench) -> Protected:
 
 def _reference(spec: GuardSpec, splits: Splits, bench: Workbench) -> Protected:
     classes = len(splits.class_names)
+    backdoor = spec.classifier.backdoor
+    if backdoor and backdoor.target >= classes:
+        raise NoisecError(f"classifier.backdoor.target is {backdoor.target}; the classes go from 0 to {classes - 1}")
     weights = bench.step(
         "classifier",
-        {**training_inputs(spec, splits), "classifier": spec.classifier.model_dump(mode="json", exclude_defaults=True)},
+        {**training_inputs(spec, splits), "classifier": spec.classifier.model_dump(mode="json")},
         lambda folder: train_classifier(spec.classifier, splits.train, classes, spec.seed, folder),
     )
     assert spec.classifier.network is not None
     network = load_network(CLASSIFIERS[spec.classifier.network](splits.shape, classes), weights)
-    outputs = (contract.LOGITS, contract.PENULTIMATE)
     stage = bench.step(
-        "classifier-stage", {"from": weights.name}, lambda folder: export_stage(network, splits.shape, outputs, folder / STAGE)
+        "classifier-stage",
+        {"from": weights.name},
+        lambda folder: export_stage(network, splits.shape, contract.CLASSIFIER_OUTPUTS, folder / STAGE),
     )
     with torch.no_grad():
         features = network(torch.zeros(1, *splits.shape))[1].shape[1]
@@ -146,7 +150,11 @@ def _own(
         save_stage(stage, folder / STAGE, external=(path.stat().st_size < stage.ByteSize() // 2))
         _check_batches(folder / STAGE, splits.fit[:3].floats())
 
-    inputs = {"model": digest(path), "shape": splits.shape, **spec.model_dump(mode="json", include={"penultimate", "preprocessing"})}
+    inputs = {
+        "model": hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest(),
+        "shape": splits.shape,
+        **spec.model_dump(mode="json", include={"penultimate", "preprocessing"}),
+    }
     stage = bench.step("classifier-stage", inputs, make)
     return Protected(stage, network, original, anatomy.classes, penultimate.width, path.name)
 
@@ -158,20 +166,24 @@ def save_stage(model: onnx.ModelProto, path: Path, *, external: bool) -> None:
 
 def _check_batches(path: Path, images: Floats) -> None:
     """Refuse a graph that answers a batch otherwise than its rows, as one exported for a single batch size may."""
-    session = open_session(path)
-    names = [contract.LOGITS, contract.PENULTIMATE]
-    try:
+    names = list(contract.CLASSIFIER_OUTPUTS)
+    fix = "export it with a dynamic batch dimension"
+    with _speaking(f"the classifier does not run with a batch of {len(images)}; {fix}"):
+        session = open_session(path)
         together = session.run(names, {contract.IMAGE: images})
         alone = [session.run(names, {contract.IMAGE: image[None]}) for image in images]
-    except onnxruntime.capi.onnxruntime_pybind11_state.RuntimeException as error:
-        raise NoisecError(
-            f"the classifier does not run with a batch of {len(images)}: {error}; export it with a dynamic batch dimension"
-        ) from error
     for output, rows in zip(together, zip(*alone, strict=True), strict=True):
         if output.shape[0] != len(images) or not np.allclose(output, np.concatenate(rows), rtol=1e-3, atol=1e-3):
-            raise NoisecError(
-                "the classifier answers a batch otherwise than its images one by one; export it with a dynamic batch dimension"
-            )
+            raise NoisecError(f"the classifier answers a batch otherwise than its images one by one; {fix}")
+
+
+@contextmanager
+def _speaking(what: str) -> Iterator[None]:
+    """ONNX Runtime's own exceptions, which share no base class, as errors that a user can read."""
+    try:
+        yield
+    except Exception as error:
+        raise NoisecError(f"{what}: {type(error).__name__}: {str(error)[:600]}") from error
 
 
 def load_module(factory: str, weights: Path | None) -> nn.Module:
@@ -246,7 +258,8 @@ def _onnx_predictor(path: Path, spec: PreprocessingSpec) -> Callable[[Floats], F
     """The user's own file, run as it is, at its own batch size."""
     model = read_model(path)
     anatomy = dissect(model, path.name)
-    session = open_session(path)
+    with _speaking(f"{path}: ONNX Runtime cannot load it"):
+        session = open_session(path)
     output = _answer_of(session)
     preprocess = Preprocessing(spec)
     fixed = anatomy.input_shape[0] if isinstance(anatomy.input_shape[0], int) else None
@@ -262,7 +275,9 @@ def _onnx_predictor(path: Path, spec: PreprocessingSpec) -> Callable[[Floats], F
         for start in range(0, len(ready), size):
             part = ready[start : start + size]
             filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
-            parts.append(session.run([output], {anatomy.input: np.ascontiguousarray(filled)})[0].reshape(size, -1)[: len(part)])
+            with _speaking(f"{path}: ONNX Runtime cannot run it on images of {list(part.shape[1:])}"):
+                answer = session.run([output], {anatomy.input: np.ascontiguousarray(filled)})[0]
+            parts.append(answer.reshape(size, -1)[: len(part)])
         return np.concatenate(parts)
 
     return predict
@@ -275,5 +290,5 @@ def _answer_of(session: onnxruntime.InferenceSession) -> str:
 
 def training_inputs(spec: GuardSpec, splits: Splits) -> dict[str, Any]:
     """What every trained network depends on."""
-    data = json.loads(spec.data.model_dump_json(exclude_defaults=True))
+    data = json.loads(spec.data.model_dump_json())
     return {"data": data, "files": splits.digest, "seed": spec.seed, "torch": torch.__version__}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tritonclient.grpc import model_config_pb2 as triton
 from noisec import contract
 from noisec.builders.spec import GuardSpec
 from noisec.contract import stage_model
+from noisec.manifest import manifest_path
 from noisec.python_backend.scorer import scoring
 
 SCORER_CODE = Path(scoring.__file__).parent
@@ -61,7 +63,6 @@ def network_config(spec: GuardSpec, stage: str, widths: Widths) -> triton.ModelC
         max_batch_size=spec.serving.max_batch_size,
         input=[_tensor(contract.IMAGE, widths.shape)],
         output=outputs[stage],
-        version_policy={"all": {}},
         dynamic_batching={"max_queue_delay_microseconds": spec.serving.queue_delay_microseconds},
         instance_group=[{"count": 1, "kind": triton.ModelInstanceGroup.KIND_AUTO}],
     )
@@ -77,7 +78,6 @@ def scorer_config(spec: GuardSpec, widths: Widths) -> triton.ModelConfig:
         max_batch_size=spec.serving.max_batch_size,
         input=[*features, _tensor(contract.NOISE_LEVEL, (1,)), _tensor(contract.IN_RANGE, (1,))],
         output=_verdict(),
-        version_policy={"all": {}},
         dynamic_batching={},
         instance_group=[{"count": 1, "kind": triton.ModelInstanceGroup.KIND_CPU}],
     )
@@ -129,27 +129,52 @@ def write_repository(
 ) -> None:
     """Write every model of the guard, replacing an earlier build of the same release; other releases and guards stay.
 
+    The release's manifest goes first and comes back last, so that a half-written release is known for one. Releases share their stages'
+    configurations: one whose tensors differ from those of the older releases is the only one that is served from then on.
+
     Args:
         stages: ``autoencoder`` and ``classifier`` -> folder with ``model.onnx`` and, where it has any, its external data
     """
-    configs = {stage: network_config(spec, stage, widths) for stage in stages}
-    configs["scorer"] = scorer_config(spec, widths)
-    for stage, config in configs.items():
-        folder = _fresh_version(repository / stage_model(spec.name, stage), spec.release)
-        _write_config(folder.parent, config)
-        for path in stages[stage].glob("model.onnx*") if stage in stages else ():
+    manifest_path(repository, spec.name, spec.release).unlink(missing_ok=True)
+    for stage in contract.STAGES:
+        config = scorer_config(spec, widths) if stage == "scorer" else network_config(spec, stage, widths)
+        model = repository / config.name
+        config.version_policy.CopyFrom(served_versions(model, config, spec.release))
+        folder = _fresh_version(model, spec.release)
+        for path in _stage_files(stages, stage):
             shutil.copyfile(path, folder / path.name)
-    folder = repository / stage_model(spec.name, "scorer") / str(spec.release)
-    for name in SCORER_FILES:
-        shutil.copyfile(SCORER_CODE / name, folder / name)
-    scorer.save(folder / "scorer.npz")
+        if stage == "scorer":
+            scorer.save(folder / "scorer.npz")
+        _write_config(model, config)
     _fresh_version(repository / spec.name, spec.release)
     _write_config(repository / spec.name, ensemble_config(spec, widths, class_names))
 
 
+def _stage_files(stages: dict[str, Path], stage: str) -> list[Path]:
+    return [SCORER_CODE / name for name in SCORER_FILES] if stage == "scorer" else sorted(stages[stage].glob("model.onnx*"))
+
+
+def served_versions(model: Path, config: triton.ModelConfig, release: int) -> triton.ModelVersionPolicy:
+    """Which versions of a stage Triton keeps loaded: all of them while their tensors are the same, so that one release follows the other
+    without a gap; else this one and those since the tensors changed."""
+    everything = triton.ModelVersionPolicy(all={})
+    path = model / "config.pbtxt"
+    if not path.is_file():
+        return everything
+    old = text_format.Parse(path.read_text(), triton.ModelConfig())
+    if (list(old.input), list(old.output), old.backend) != (list(config.input), list(config.output), config.backend):
+        return triton.ModelVersionPolicy(specific={"versions": [release]})
+    if old.version_policy.WhichOneof("policy_choice") == "specific":
+        return triton.ModelVersionPolicy(specific={"versions": sorted({*old.version_policy.specific.versions, release})})
+    return everything
+
+
 def _fresh_version(model: Path, release: int) -> Path:
+    """An empty version folder; the former one is moved away in one step first."""
     folder = model / str(release)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        with tempfile.TemporaryDirectory(dir=model.parent.parent, prefix=".noisec-") as away:
+            folder.rename(Path(away, "former"))
     folder.mkdir(parents=True)
     return folder
 

@@ -112,6 +112,8 @@ class ClassifierSpec(Section):
     epochs: Positive | None = None
     batch_size: Positive = 128
     learning_rate: Annotated[float, Field(gt=0)] = 4e-3
+    mirror: bool = False
+    """train on mirrored images too; not for classes that a mirror turns into each other, such as digits or traffic signs"""
     backdoor: BackdoorSpec | None = None
 
     @property
@@ -124,11 +126,15 @@ class ClassifierSpec(Section):
         if len(given) != 1:
             raise ValueError(f"classifier: give one of network, onnx and factory; given: {given or 'none'}")
         belongs = {
-            "network": {"epochs", "batch_size", "learning_rate", "backdoor"},
+            "network": {"epochs", "batch_size", "learning_rate", "mirror", "backdoor"},
             "onnx": {"penultimate", "preprocessing"},
             "factory": {"penultimate", "preprocessing", "weights"},
         }[given[0]]
-        foreign = sorted(self.model_fields_set - belongs - {given[0]})
+        foreign = sorted(
+            name
+            for name, field in type(self).model_fields.items()
+            if name not in {*belongs, given[0]} and getattr(self, name) != field.default
+        )
         if foreign:
             raise ValueError(f"classifier: {', '.join(foreign)} does not go with {given[0]}; leave it out")
         if given[0] == "network" and self.epochs is None:
@@ -193,7 +199,7 @@ class GuardSpec(Section):
     classifier: ClassifierSpec
     autoencoder: AutoencoderSpec
     detectors: Annotated[tuple[DetectorSpec, ...], Field(min_length=1)]
-    attacks: tuple[Annotated[str, Field(pattern=r"^(fgsm|pgd|square)-(0?\.\d+|1)$")], ...] = ()
+    attacks: tuple[Annotated[str, Field(pattern=r"^(fgsm|pgd|square)-(0?\.\d*[1-9]\d*|1)$")], ...] = ()
     """what the card reports, as method-epsilon: ``fgsm`` and ``pgd`` use the classifier's gradients, ``square`` only its answers; where
     left out, FGSM and PGD, and Square for an ONNX classifier, which has no gradients"""
     serving: ServingSpec = ServingSpec()

@@ -70,7 +70,7 @@ def corrupt(images: Tensor, deviation: float, patches: float) -> Tensor:
 
 
 def train_classifier(spec: ClassifierSpec, images: Images, classes: int, seed: int, folder: Path) -> None:
-    """Train a reference classifier and write its weights into ``folder``. Images are mirrored at random."""
+    """Train a reference classifier and write its weights into ``folder``."""
     assert spec.network is not None
     assert spec.epochs is not None
     torch.manual_seed(seed)
@@ -79,6 +79,8 @@ def train_classifier(spec: ClassifierSpec, images: Images, classes: int, seed: i
     network = CLASSIFIERS[spec.network](images.shape, classes)
 
     def loss(batch: Tensor, labels: Tensor) -> Tensor:
+        if not spec.mirror:
+            return nn.functional.cross_entropy(network(batch)[0], labels)
         mirrored = torch.where(torch.rand(len(batch), 1, 1, 1, device=batch.device) < 0.5, batch.flip(-1), batch)
         return nn.functional.cross_entropy(network(mirrored)[0], labels)
 

@@ -10,9 +10,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import noisec
 from noisec.builders.progress import console
 
 DONE = "step.json"
+FORMAT = 1
+"""raised when a step makes something else of the same inputs"""
 
 
 def seconds_of(folder: Path) -> float:
@@ -38,7 +41,7 @@ class Workbench:
             inputs: everything that the result depends on, as JSON; the folder of an earlier step stands for that step's own inputs
             make: fills the folder it is given; interrupted, it finds there what it had left, and nothing takes that for finished
         """
-        text = json.dumps({"step": name, **inputs}, sort_keys=True, default=str)
+        text = json.dumps({"step": name, "noisec": noisec.__version__, "format": FORMAT, **inputs}, sort_keys=True, default=str)
         target = self.folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         if (target / DONE).is_file():
             console.print(f"  {name}: unchanged, reused ({seconds_of(target):.0f} s saved)")

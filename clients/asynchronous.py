@@ -14,6 +14,9 @@ from noisec.clients.requests import GuardInterface, infer_arguments, read_answer
 from noisec.clients.results import Verdicts
 from noisec.errors import NoisecError
 
+IN_FLIGHT = 8
+"""requests of one client that wait for the server at once"""
+
 
 class AsyncGuardClient:
     """Asks one guard over gRPC from asyncio; an async context manager, which reads the guard's interface.
@@ -43,6 +46,7 @@ class AsyncGuardClient:
             NoisecError: the server does not answer, or has no such guard.
         """
         self._client = triton_grpc.InferenceServerClient(self._url)
+        self._turns = asyncio.Semaphore(IN_FLIGHT)
         try:
             answer = await self._client.get_model_config(self._guard, client_timeout=self._timeout)
             self.interface = GuardInterface.from_config(self._guard, answer.config)
@@ -58,7 +62,7 @@ class AsyncGuardClient:
         await self._client.close()
 
     async def classify(self, images: npt.NDArray[Any], *, labels_only: bool = False) -> Verdicts:
-        """Label and verdict for each image; requests of at most the server's largest batch are sent at once.
+        """Label and verdict for each image; several requests of at most the server's largest batch at a time.
 
         Args:
             images: [n, C, H, W] or one image [C, H, W]; uint8, or floats in [0, 1]
@@ -69,7 +73,16 @@ class AsyncGuardClient:
         """
         outputs = wanted_outputs(labels_only)
         batches = self.interface.batches(self.interface.prepare(images))
-        return Verdicts.join(await asyncio.gather(*(self._ask(batch, outputs) for batch in batches)))
+        tasks = [asyncio.create_task(self._in_turn(batch, outputs)) for batch in batches]
+        try:
+            return Verdicts.join(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _in_turn(self, batch: npt.NDArray[Any], outputs: tuple[str, ...]) -> Verdicts:
+        async with self._turns:
+            return await self._ask(batch, outputs)
 
     async def _ask(self, batch: npt.NDArray[Any], outputs: tuple[str, ...]) -> Verdicts:
         try:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import zipfile
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from noisec.clients.requests import GuardInterface
 from noisec.clients.results import Verdicts
 from noisec.errors import NoisecError
+from noisec.npz import read_npz
 
 
 def read_images(paths: Sequence[Path], interface: GuardInterface) -> tuple[list[str], npt.NDArray[np.float32]]:
@@ -28,8 +29,9 @@ def read_images(paths: Sequence[Path], interface: GuardInterface) -> tuple[list[
     names: list[str] = []
     parts: list[npt.NDArray[np.float32]] = []
     for path in paths:
+        array = _npz(path) if path.suffix == ".npz" else _picture(path, interface)
         try:
-            images = interface.prepare(_npz(path) if path.suffix == ".npz" else _picture(path, interface))
+            images = interface.prepare(array)
         except NoisecError as error:
             raise NoisecError(f"{path}: {error}") from error
         parts.append(images)
@@ -38,27 +40,25 @@ def read_images(paths: Sequence[Path], interface: GuardInterface) -> tuple[list[
 
 
 def _npz(path: Path) -> npt.NDArray[Any]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            if "images" not in archive:
-                raise NoisecError(f"no array 'images'; it holds {archive.files}")
-            images: npt.NDArray[Any] = archive["images"]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-        raise NoisecError(f"not a readable npz file: {error}") from error
-    return images
+    arrays = read_npz(path)
+    if "images" not in arrays:
+        raise NoisecError(f"{path}: no array 'images'; it holds {list(arrays)}")
+    return arrays["images"]
 
 
 def _picture(path: Path, interface: GuardInterface) -> npt.NDArray[np.uint8]:
     channels, height, width = interface.shape
     try:
         with Image.open(path) as picture:
-            if picture.size != (width, height):
-                raise NoisecError(
-                    f"the picture is {picture.width} x {picture.height}; {interface.guard} takes {width} x {height}: resize it first"
-                )
+            mode, size = picture.mode, picture.size
             pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise NoisecError(f"not a readable picture: {error}") from error
+    except Exception as error:  # on broken files decoders raise anything, from SyntaxError to struct.error
+        raise NoisecError(f"{path}: not a readable picture: {error}") from error
+    if mode.startswith(("I", "F")) or "A" in mode:
+        what = "transparency" if "A" in mode else "more than 8 bits a channel"
+        raise NoisecError(f"{path}: a picture with {what} ({mode}); save it as 8-bit grey or RGB, as the classifier is to see it")
+    if size != (width, height):
+        raise NoisecError(f"{path}: the picture is {size[0]} x {size[1]}; {interface.guard} takes {width} x {height}: resize it first")
     return pixels.reshape(1, height, width, channels).transpose(0, 3, 1, 2)
 
 
@@ -78,7 +78,7 @@ def verdict_rows(names: Sequence[str], verdicts: Verdicts, interface: GuardInter
         columns |= {
             "malicious": verdicts.is_malicious.tolist(),
             "p_value": verdicts.p_values.tolist(),
-            "score": verdicts.scores.tolist(),
+            "score": [score if math.isfinite(score) else None for score in verdicts.scores.tolist()],
             "release": verdicts.releases.tolist(),
         }
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

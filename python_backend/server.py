@@ -20,7 +20,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from noisec.errors import NoisecError
-from noisec.manifest import guards
+from noisec.manifest import guards, verify_repository
 
 try:
     import tritonclient.grpc as triton_grpc
@@ -31,6 +31,8 @@ try:
 except ImportError as error:
     raise NoisecError(f"the embedded server needs {error.name}: pip install 'noisec-triton[serve]'") from error
 
+LOG_CHARACTERS = 200_000
+FOLDER = "noisec-server-"
 RUNTIMES = Path(__file__).parent / "runtimes"
 LOG = logging.getLogger(__name__)
 
@@ -51,8 +53,16 @@ class _Server(TritonServer):  # type: ignore[misc]
         env["LD_LIBRARY_PATH"] = f"{sysconfig.get_config_var('LIBDIR')}:{env['LD_LIBRARY_PATH']}"
         # Stubs start an interpreter of their own: they must see this one's packages, a virtual environment's included.
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH", ""), *filter(None, sys.path)]))
+        env["PYTHONDONTWRITEBYTECODE"] = "1"  # what lies beside a model's code is checked against the manifest
         env["OMP_NUM_THREADS"] = env["OPENBLAS_NUM_THREADS"] = env["MKL_NUM_THREADS"] = "1"
         return env
+
+    def _record_logs(self, line: bytes | str) -> None:
+        """Keep the end of the log; pytriton would keep all of it."""
+        text = line.decode("utf-8", errors="replace") if isinstance(line, bytes) else line
+        if self._verbose:
+            print(text, end="", flush=True)
+        self._tritonserver_logs: str = (self._tritonserver_logs + text)[-LOG_CHARACTERS:]
 
 
 class EmbeddedServer:
@@ -70,6 +80,7 @@ class EmbeddedServer:
         ready_seconds: how long the models may take to load
         verbose: print the server's log as it comes; otherwise it is kept for ``logs()``
         model_control: ``none`` loads everything once; ``explicit`` lets clients load and unload releases
+        check: refuse a repository whose files are not those of its manifests, as after an interrupted build or a manipulation
 
     Raises:
         NoisecError: the repository has no guard, a port is taken, or a model does not load (the message holds Triton's reason).
@@ -86,9 +97,13 @@ class EmbeddedServer:
         ready_seconds: float = 60,
         verbose: bool = False,
         model_control: str = "none",
+        check: bool = True,
     ) -> None:
         if not repository.is_dir() or not guards(repository):
             raise NoisecError(f"{repository}: no guard in this folder; build one with 'noisec build GUARD.toml --repository {repository}'")
+        problems = verify_repository(repository) if check else []
+        if problems:
+            raise NoisecError("\n".join([f"{repository}: not as it was built, so it is not served; build the guard again", *problems[:20]]))
         self.repository = repository.resolve()
         self.host = host
         self.http_port, self.grpc_port, self.metrics_port = _ports(host, http_port, grpc_port, metrics_port)
@@ -114,7 +129,8 @@ class EmbeddedServer:
 
     def start(self) -> EmbeddedServer:
         """Start the process and wait until every model is ready."""
-        self._folder = Path(tempfile.mkdtemp(prefix="noisec-server-"))
+        _remove_abandoned()
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-"))
         try:
             _assemble_backends(self._folder / "backends")
             # The Python backend starts its stubs through a shell, which takes a path with spaces apart.
@@ -194,6 +210,14 @@ class EmbeddedServer:
         return "\n".join((wrong or lines)[-12:])
 
 
+def _remove_abandoned() -> None:
+    """Folders and memory regions of servers whose process is gone without having cleaned up."""
+    for path in [*Path(tempfile.gettempdir()).glob(f"{FOLDER}*"), *Path("/dev/shm").glob("noisec-*")]:
+        pid = next(iter(re.findall(r"noisec-(?:server-)?(\d+)-", path.name)), None)
+        if pid and not Path("/proc", pid).exists():
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def _assemble_backends(target: Path) -> None:
     """A backend directory: pytriton's Python backend with the stub of this Python beside it, and our stand-ins."""
     python = target / "python"
@@ -216,10 +240,12 @@ def _ports(host: str, *wanted: int) -> list[int]:
     Raises:
         NoisecError: a port is taken or may not be used.
     """
+    if ":" in host:
+        raise NoisecError(f"--host {host}: IPv6 addresses are not supported; give an IPv4 address or a name")
     sockets: list[socket.socket] = []
     try:
         for port in wanted:
-            probe = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+            probe = socket.socket(socket.AF_INET)
             sockets.append(probe)
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

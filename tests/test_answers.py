@@ -11,9 +11,9 @@ import tritonclient.grpc as triton_grpc
 from conftest import GUARD, REPOSITORY
 
 from noisec import contract
-from noisec.builders.calibrate import StageRunner
 from noisec.builders.images import in_batches
 from noisec.builders.repository import passes_needed
+from noisec.builders.stages import StageRunner, in_process
 from noisec.clients import AsyncGuardClient, GuardClient
 from noisec.clients.requests import read_answer
 from noisec.contract import stage_model
@@ -27,15 +27,15 @@ SCORE_DIFFERENCE = 1e-3
 
 
 @pytest.fixture(scope="module")
-def in_process(spec, pixels):
+def computed(spec, pixels):
     folder = REPOSITORY / stage_model(GUARD, "scorer") / "1"
     stages = {stage: REPOSITORY / stage_model(GUARD, stage) / "1" for stage in ("autoencoder", "classifier")}
-    tensors = StageRunner(stages, passes_needed(spec))(in_batches(pixels), len(pixels))
+    tensors = StageRunner(in_process(stages), passes_needed(spec))(in_batches(pixels), len(pixels))
     return tensors[contract.LOGITS], Scorer.load(folder / "scorer.npz").verdict(tensors)
 
 
-def test_served_answers_equal_the_same_models_in_process(client, pixels, in_process):
-    logits, verdict = in_process
+def test_served_answers_equal_the_same_models_in_process(client, pixels, computed):
+    logits, verdict = computed
     served = client.classify(pixels)
     assert np.abs(served.logits - logits).max() < LOGIT_DIFFERENCE
     assert np.abs(served.scores - verdict.score).max() < SCORE_DIFFERENCE

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import tritonclient.grpc as triton_grpc
 
+from noisec import contract
 from noisec.builders import build as building
 from noisec.builders import datasets, protect, sanity, train
+from noisec.builders.export import AutoencoderStage, export_difference, export_stage
+from noisec.builders.networks import CLASSIFIERS, DENOISERS
+from noisec.builders.recalibrate import recalibrate
 from noisec.builders.sources import fashion_mnist
-from noisec.builders.spec import read_spec
+from noisec.builders.spec import DetectorSpec, read_spec
 from noisec.clients import GuardClient
+from noisec.contract import STAGES, stage_model
 from noisec.errors import NoisecError
-from noisec.manifest import read_manifest, verify
+from noisec.manifest import read_manifest, releases, verify
 from noisec.python_backend.scorer.scoring import Scorer
 from noisec.python_backend.server import EmbeddedServer
 
@@ -110,6 +117,52 @@ def test_a_changed_rate_repeats_only_the_calibration(guard, folder, capfd):
     content = read_manifest(guard.repository, "mine")
     assert content["release"] == 3
     assert content["threshold"] < read_manifest(guard.repository, "mine", 2)["threshold"]
+
+
+def test_recalibration_on_the_server_is_a_new_release_beside_the_old(guard, folder, tmp_path):
+    copy = Path(shutil.copytree(guard.repository, tmp_path / "repository"))
+    last = releases(copy, "mine")[-1]
+    with EmbeddedServer(copy, model_control="explicit") as server:
+        served = recalibrate(copy, "mine", folder / "work", server.grpc_url)
+        with triton_grpc.InferenceServerClient(server.grpc_url) as raw:
+            for stage in STAGES:
+                raw.load_model(stage_model("mine", stage))
+            raw.load_model("mine")
+        with GuardClient(server.grpc_url, "mine") as client:
+            verdicts = client.classify(guard.splits.report.pixels)
+    assert served == last + 1
+    assert (verdicts.releases == served).all()
+    assert verify(copy, "mine") == []
+    again = recalibrate(copy, "mine", folder / "work", None)
+    assert read_manifest(copy, "mine", again)["threshold"] == pytest.approx(read_manifest(copy, "mine", served)["threshold"], abs=1e-3)
+    figures = read_manifest(copy, "mine", served)["figures"]
+    assert verdicts.is_malicious.mean() == pytest.approx(figures["fpr"])
+    assert (copy / "mine_scorer" / str(last) / "scorer.npz").is_file()
+
+
+def test_a_release_with_other_tensors_takes_over_from_the_older_ones(guard, folder, tmp_path):
+    copy = Path(shutil.copytree(guard.repository, tmp_path / "repository"))
+    spec = guard.spec.model_copy(update={"release": 9, "detectors": (DetectorSpec(view="delta"),)})
+    building.build(spec, copy, folder / "work", report=False)
+    assert verify(copy, "mine") == []
+    with EmbeddedServer(copy) as server, GuardClient(server.grpc_url, "mine") as client:
+        assert (client.classify(guard.splits.report.pixels[:3]).releases == 9).all()
+
+
+def test_a_size_that_cannot_be_halved_twice_is_padded(tmp_path):
+    for name in ("unet", "unet-small", "bottleneck"):
+        for shape in ((1, 30, 30), (3, 33, 50)):
+            network = DENOISERS[name](shape).eval()
+            export_stage(AutoencoderStage(network), shape, contract.AUTOENCODER_OUTPUTS, tmp_path / "model.onnx")
+            images = np.random.default_rng(0).random((3, *shape), dtype=np.float32)
+            assert export_difference(AutoencoderStage(network), tmp_path / "model.onnx", images) < 1e-4
+    with pytest.raises(NoisecError, match="images of 6 x 6 are too small for this network; at least 8 pixels a side"):
+        CLASSIFIERS["conv3"]((1, 6, 6), 10)
+
+
+def test_recalibration_needs_the_release_to_be_served(guard, folder, server):
+    with pytest.raises(NoisecError, match=r"release \d of 'mine' is not served there"):
+        recalibrate(guard.repository, "mine", folder / "work", server.grpc_url)
 
 
 def test_interrupted_training_goes_on_from_its_last_epoch(guard, tmp_path, monkeypatch, capfd):

@@ -250,6 +250,7 @@ MODELS = {
     "integer input": (lambda: by_hand(kind=TensorProto.UINT8), "input 'pixels' is UINT8; it has to be FLOAT"),
     "no linear layer": (no_head, r"no linear layer \(Gemm, MatMul, 1x1 Conv\) makes the outputs answer \(FLOAT\)"),
     "one sigmoid": (lambda: by_hand(ending="Sigmoid"), r"no linear layer .* they end in Sigmoid"),
+    "new opset": (lambda: by_hand(opset=23), "opset 23; servers of today run up to 21: export it with"),
     "old opset": (lambda: by_hand(opset=9), "opset 9; at least 11 is needed: export it again"),
 }
 

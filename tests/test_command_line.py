@@ -49,10 +49,17 @@ def test_files_that_do_not_fit_are_named(server, tmp_path):
     Image.new("L", (32, 32)).save(tmp_path / "large.png")
     (tmp_path / "text.png").write_text("not a picture")
     np.savez(tmp_path / "other.npz", pictures=np.zeros(3))
+    Image.fromarray(np.arange(784, dtype=np.uint16).reshape(28, 28) * 80).save(tmp_path / "deep.png")
+    Image.new("RGBA", (28, 28)).save(tmp_path / "clear.png")
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
     for name, message in {
         "large.png": "large.png: the picture is 32 x 32; fashion_mnist takes 28 x 28",
         "text.png": "text.png: not a readable picture",
         "other.npz": "other.npz: no array 'images'; it holds ['pictures']",
+        "deep.png": "deep.png: a picture with more than 8 bits a channel (I;16)",
+        "clear.png": "clear.png: a picture with transparency (RGBA)",
+        "array.npz": "array.npz: not a readable npz file",
         "missing.png": "missing.png: not a readable picture",
         "missing.npz": "missing.npz: not a readable npz file",
     }.items():
@@ -65,15 +72,23 @@ def test_verify_tells_an_untouched_repository_from_a_changed_one(tmp_path):
     assert "every file is as it was built" in noisec("verify", REPOSITORY)
     copy = shutil.copytree(REPOSITORY, tmp_path / "copy")
     (copy / GUARD / "config.pbtxt").write_text("")
-    assert f"{GUARD}/config.pbtxt: changed since the build" in noisec("verify", copy, code=1)
+    (copy / "stranger" / "1").mkdir(parents=True)
+    said = noisec("verify", copy, code=1)
+    assert f"{GUARD}/config.pbtxt: changed since the build" in said
+    assert "stranger/: belongs to no guard" in said
 
 
 def test_errors_are_printed_alone(tmp_path):
     assert "no such file; reference guards" in noisec("build", tmp_path / "none.toml", code=1)
     assert "no guard in this folder" in noisec("serve", tmp_path, code=1)
     assert "no guard in this folder" in noisec("verify", tmp_path, code=1)
+    assert "IPv6 addresses are not supported" in noisec("serve", REPOSITORY, "--host", "::1", code=1)
+    assert "cannot be written; name a file" in noisec("classify", "-g", GUARD, "x.png", "--json", tmp_path / "none" / "a.json", code=1)
+    (tmp_path / GUARD / "1").mkdir(parents=True)
+    (tmp_path / GUARD / "1" / "manifest.json").write_text("[]")
+    assert "manifest.json: damaged" in noisec("verify", tmp_path, code=1)
 
 
-@pytest.mark.parametrize("command", ["build", "inspect", "serve", "classify", "verify", "demo"])
+@pytest.mark.parametrize("command", ["build", "calibrate", "inspect", "serve", "classify", "verify", "demo"])
 def test_every_command_explains_itself_with_an_example(command):
-    assert f"noisec {command}" in noisec(command, "--help").replace("\n", " ")
+    assert f"Example: noisec {command}" in " ".join(noisec(command, "--help").split())

@@ -22,7 +22,7 @@ def test_natural_images_stay_within_the_conformal_bound(client, spec, report):
     images = noisy_clean(report, spec.natural_noise_sd, seed=99)
     verdicts = client.classify(images)
     assert verdicts.is_malicious.sum() <= highest_credible(spec.data.calibrate, spec.target_fpr, len(images))
-    assert np.array_equal(verdicts.is_malicious, verdicts.p_values <= np.float32(spec.target_fpr))
+    assert np.array_equal(verdicts.is_malicious, verdicts.p_values.astype(np.float64) <= spec.target_fpr)
 
 
 def test_clean_images_are_flagged_about_as_often_as_promised(client, spec, report):

@@ -10,7 +10,7 @@ from conftest import GUARD, REPOSITORY
 from onnx import TensorProto
 
 from noisec import contract
-from noisec.builders.build import AUTOENCODER_OUTPUTS, NETWORK_STAGES, PRECISIONS, classifier_feeds
+from noisec.builders.build import NETWORK_STAGES, PRECISIONS, classifier_feeds
 from noisec.builders.engine import EngineOptions, build_plan, find_tensorrt, gpus
 from noisec.builders.images import in_batches
 from noisec.builders.precision import LOWERED, lower
@@ -52,7 +52,7 @@ def test_inputs_and_outputs_are_fp32_in_every_precision(stages, stage, precision
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_noise_is_subtracted_from_the_image_as_it_came_in(stages, pixels, precision):
-    answer = run(stages["autoencoder", precision], AUTOENCODER_OUTPUTS, pixels)
+    answer = run(stages["autoencoder", precision], contract.AUTOENCODER_OUTPUTS, pixels)
     assert np.abs(answer[contract.NOISE] + answer[contract.RECONSTRUCTION] - pixels).max() < 1e-6
     graph = onnx.load(stages["autoencoder", precision] / "model.onnx").graph
     (subtraction,) = [node for node in graph.node if contract.NOISE in node.output]
@@ -110,7 +110,7 @@ def test_what_reads_the_image_is_not_quantised(stages, stage):
 
 @pytest.mark.parametrize(("stage", "precision"), LOWER_PAIRS)
 def test_answers_drift_little(stages, pixels, stage, precision):
-    outputs = AUTOENCODER_OUTPUTS[1:2] if stage == "autoencoder" else (contract.LOGITS,)
+    outputs = contract.AUTOENCODER_OUTPUTS[1:2] if stage == "autoencoder" else (contract.LOGITS,)
     found = run(stages[stage, precision], outputs, pixels)[outputs[0]]
     wanted = run(exact(stage), outputs, pixels)[outputs[0]]
     limit = {"fp16": 0.01, "int8": 0.15}[precision] * np.abs(wanted).max()

@@ -91,7 +91,9 @@ def test_the_threshold_is_where_the_p_value_reaches_alpha(alpha, count):
     generator = np.random.default_rng(count)
     calibration = np.sort(generator.standard_normal(count).astype(np.float32))
     scores = np.concatenate([generator.standard_normal(5000).astype(np.float32), calibration])
-    assert np.array_equal(scores > conformal_threshold(calibration, alpha), conformal_p_values(calibration, scores) <= np.float32(alpha))
+    assert np.array_equal(
+        scores > conformal_threshold(calibration, alpha), conformal_p_values(calibration, scores).astype(np.float64) <= alpha
+    )
 
 
 def test_too_few_calibration_scores_are_refused():

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from conftest import GUARD, REPOSITORY
 from noisec.clients import GuardClient
 from noisec.contract import stage_model
 from noisec.errors import NoisecError
-from noisec.python_backend.server import EmbeddedServer
+from noisec.manifest import verify
+from noisec.python_backend.server import EmbeddedServer, _remove_abandoned
 
 SERVE = [sys.executable, "-m", "noisec", "serve", "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
 
@@ -63,6 +65,9 @@ def test_a_killed_parent_leaves_no_orphans():
     process.wait()
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive
+    _remove_abandoned()
+    assert not list(Path(tempfile.gettempdir()).glob(f"noisec-server-{process.pid}-*"))
+    assert not list(Path("/dev/shm").glob(f"noisec-{process.pid}-*"))
 
 
 def test_a_taken_port_is_named():
@@ -84,16 +89,58 @@ def test_a_repository_whose_path_holds_spaces_is_served(copy, pixels):
         assert len(client.classify(pixels[:2])) == 2
 
 
+def test_a_repository_that_is_not_as_it_was_built_is_not_served(copy):
+    planted = copy / stage_model(GUARD, "scorer") / "1" / "__pycache__" / "scoring.cpython-311.pyc"
+    planted.parent.mkdir()
+    planted.write_bytes(b"benign for everybody")
+    with pytest.raises(NoisecError, match=r"not as it was built, so it is not served(.|\n)*scoring.cpython-311.pyc: not in a manifest"):
+        EmbeddedServer(copy)
+
+
+def test_a_half_written_release_is_not_served(copy):
+    (copy / GUARD / "1" / "manifest.json").unlink()
+    with pytest.raises(NoisecError, match="no guard in this folder"):
+        EmbeddedServer(copy)
+
+
+def test_serving_leaves_the_repository_as_it_was(copy, pixels):
+    with EmbeddedServer(copy) as server, GuardClient(server.grpc_url, GUARD) as client:
+        client.classify(pixels[:2])
+    assert verify(copy, GUARD) == []
+
+
+BROKEN = {
+    "calibration scores that do not ascend": lambda arrays: arrays | {"calibration": arrays["calibration"][::-1]},
+    "no calibration scores": lambda arrays: arrays | {"calibration": arrays["calibration"][:0]},
+    "a calibration score that is no number": lambda arrays: arrays | {"calibration": np.append(arrays["calibration"], np.float32("nan"))},
+    "alpha of one": lambda arrays: arrays | {"alpha": np.array(1.0)},
+    "no detector": lambda arrays: arrays | {"detectors": np.array([], "U9")},
+    "a mean that is no number": lambda arrays: arrays | {"noise-1/0/means": arrays["noise-1/0/means"] * np.float32("nan")},
+    "a scale that falls": lambda arrays: arrays | {"noise-1/0/scores": arrays["noise-1/0/scores"][::-1]},
+    "another release": lambda arrays: arrays | {"release": np.array(7, np.int32)},
+}
+
+
+@pytest.mark.parametrize("spoil", BROKEN.values(), ids=BROKEN)
+def test_a_scorer_with_values_that_mean_nothing_is_not_served(copy, spoil):
+    path = copy / stage_model(GUARD, "scorer") / "1" / "scorer.npz"
+    with np.load(path) as archive:
+        arrays = spoil(dict(archive))
+    np.savez(path, **arrays)
+    with pytest.raises(NoisecError, match=r"the server stopped while it loaded(.|\n)*fashion_mnist_scorer"):
+        EmbeddedServer(copy, check=False).start()
+
+
 def test_a_broken_scorer_stops_the_start_with_its_reason(copy):
     (copy / stage_model(GUARD, "scorer") / "1" / "scorer.npz").write_bytes(b"not an archive")
     with pytest.raises(NoisecError, match=r"the server stopped while it loaded(.|\n)*fashion_mnist_scorer"):
-        EmbeddedServer(copy).start()
+        EmbeddedServer(copy, check=False).start()
 
 
 def test_a_broken_network_stops_the_start_with_its_reason(copy):
     (copy / stage_model(GUARD, "autoencoder") / "1" / "model.onnx").write_bytes(b"not a graph")
     with pytest.raises(NoisecError, match=r"the server stopped while it loaded(.|\n)*fashion_mnist_autoencoder"):
-        EmbeddedServer(copy).start()
+        EmbeddedServer(copy, check=False).start()
 
 
 def test_a_scorer_that_expects_other_tensors_is_refused(copy):
@@ -102,7 +149,7 @@ def test_a_scorer_that_expects_other_tensors_is_refused(copy):
     ensemble = copy / GUARD / "config.pbtxt"
     ensemble.write_text(re.sub(r'key: "NOISE_PENULTIMATE"', 'key: "OTHER_PENULTIMATE"', ensemble.read_text()))
     with pytest.raises(NoisecError, match="scorer.npz needs"):
-        EmbeddedServer(copy).start()
+        EmbeddedServer(copy, check=False).start()
 
 
 def test_two_servers_run_side_by_side(server, pixels):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from noisec.builders.sources.decoded import Picture, digest, stamp
 from noisec.builders.sources.faults import Faults
 from noisec.builders.spec import DataSpec
 from noisec.errors import NoisecError
+from noisec.npz import read_npz
 
 
 def pools(spec: DataSpec, cache: Path, faults: Faults) -> Pools:
@@ -49,17 +49,14 @@ def arrays(path: Path, prefix: str) -> tuple[Pixels, npt.NDArray[np.integer[Any]
     Raises:
         NoisecError: the file or an array is not of that form.
     """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            names = f"{prefix}images", f"{prefix}labels"
-            missing = [name for name in names if name not in archive]
-            if missing:
-                if prefix and len(missing) == 2:
-                    return None
-                raise NoisecError(f"{path}: no array {' and no array '.join(missing)}; it holds {archive.files}")
-            pixels, labels = (archive[name] for name in names)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-        raise NoisecError(f"{path}: not a readable npz file: {error}") from error
+    archive = read_npz(path)
+    names = f"{prefix}images", f"{prefix}labels"
+    missing = [name for name in names if name not in archive]
+    if prefix and len(missing) == 2:
+        return None
+    if missing:
+        raise NoisecError(f"{path}: no array {' and no array '.join(missing)}; it holds {list(archive)}")
+    pixels, labels = (archive[name] for name in names)
     if labels.shape not in ((len(pixels),), (len(pixels), 1)) or not np.issubdtype(labels.dtype, np.integer):
         raise _wrong_labels(path, prefix, pixels, labels)
     return _channels_first(path, _to_bytes(path, pixels)), labels.reshape(-1)

@@ -50,7 +50,7 @@ def main() -> None:
     """Run the command line; errors that the user can mend are printed alone, without a traceback, and end with exit code 1."""
     try:
         app()
-    except NoisecError as error:
+    except (NoisecError, OSError) as error:
         sys.exit(f"noisec: {error}")
     except ModuleNotFoundError as error:
         extra = next((extra for extra, modules in EXTRAS.items() if (error.name or "").split(".")[0] in modules), None)
@@ -90,6 +90,23 @@ def build(
     guard = read_spec(spec)
     build_guard(guard, repository, work / guard.name, strict=strict, force=force)
     console.print(f"{repository}: {guard.name} release {guard.release} is ready; serve it with: noisec serve {repository}")
+
+
+@app.command()
+def calibrate(
+    repository: Repository,
+    guard: GuardName,
+    url: Annotated[str | None, typer.Option("--url", "-u", help="gRPC address of a server with the latest release.")] = None,
+    work: Annotated[Path, typer.Option(help="Folder for decoded images.")] = Path("workbench"),
+) -> None:
+    """Refit a guard's scorer on what its serving stages answer, as a new release beside the old.
+
+    Example: `noisec calibrate model_repository --guard fashion_mnist --url localhost:8001`
+    """
+    from noisec.builders.recalibrate import recalibrate
+
+    release = recalibrate(repository, guard, work / guard, url)
+    console.print(f"release {release} is written; the server takes it when it loads the stages and then the ensemble again")
 
 
 @app.command()
@@ -138,6 +155,7 @@ def classify(
 
     Example: `noisec classify --guard fashion_mnist shoe.png shirt.png --json verdicts.json`
     """
+    _check_json(json_file)
     from noisec.clients import GuardClient
     from noisec.clients.files import read_images, verdict_rows
 
@@ -159,18 +177,16 @@ def verify(
 
     Example: `noisec verify model_repository`
     """
-    from noisec.manifest import guards, releases
-    from noisec.manifest import verify as verify_release
+    from noisec.manifest import guards, verify_repository
+    from noisec.manifest import verify as verify_guard
 
     found = [guard] if guard else guards(repository)
     if not found:
         raise NoisecError(f"{repository}: no guard in this folder")
-    pairs = [(name, release) for name in found for release in releases(repository, name)[-1:]]
-    problems = [problem for name, release in pairs for problem in verify_release(repository, name, release)]
+    problems = verify_guard(repository, guard) if guard else verify_repository(repository)
     if problems:
-        raise NoisecError("\n".join([f"{repository}: {len(problems)} files differ from the manifest", *problems]))
-    for name, release in pairs:
-        console.print(f"{name} release {release}: every file is as it was built")
+        raise NoisecError("\n".join([f"{repository}: {len(problems)} files or folders are not as they were built", *problems]))
+    console.print(f"{', '.join(found)}: every file is as it was built")
 
 
 @app.command()
@@ -178,10 +194,11 @@ def demo(
     folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for the guard, the picture and the figures.")] = Path("demo"),
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
-    """Build a guard from scratch, serve it on a real Triton, attack it over gRPC and show what it catches (about 3 minutes on 2 cores).
+    """Build a guard from scratch, serve it on a real Triton, attack it over gRPC and show what it catches (about 2 minutes on 2 cores).
 
     Example: `noisec demo --json figures.json`
     """
+    _check_json(json_file)
     from noisec.benchmarks.demo import run_demo
 
     figures, heads, rows = run_demo(folder)
@@ -207,8 +224,14 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _check_json(path: Path | None) -> None:
+    """Before the work, not after it."""
+    if path is not None and path != Path("-") and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise NoisecError(f"--json {path}: cannot be written; name a file in a folder that exists")
+
+
 def _write_json(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=2) + "\n"
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     if path == Path("-"):
         sys.stdout.write(text)
     else:

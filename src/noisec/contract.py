@@ -34,6 +34,8 @@ RELEASE: Final = "RELEASE"
 PIXEL_TOLERANCE: Final = 1e-4
 """How far a pixel may lie outside [0, 1] (rounding of a caller's own arithmetic) before the input counts as no image at all."""
 
+AUTOENCODER_OUTPUTS: Final = (NOISE, RECONSTRUCTION, NOISE_LEVEL, IN_RANGE)
+CLASSIFIER_OUTPUTS: Final = (LOGITS, PENULTIMATE)
 VERDICT: Final = (SCORE, P_VALUE, IS_MALICIOUS, RELEASE)
 OUTPUTS: Final = (LOGITS, *VERDICT)
 """What the ensemble answers."""

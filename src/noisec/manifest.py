@@ -14,6 +14,8 @@ from noisec.contract import STAGES, stage_model
 from noisec.errors import NoisecError
 
 FILE_NAME = "manifest.json"
+CONFIG = "config.pbtxt"
+CARD = "README.md"
 
 
 def manifest_path(repository: Path, guard: str, release: int) -> Path:
@@ -25,18 +27,21 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def models(guard: str) -> list[str]:
+    """Triton models of a guard: the ensemble and its stages."""
+    return [guard, *(stage_model(guard, stage) for stage in STAGES)]
+
+
 def release_files(repository: Path, guard: str, release: int) -> list[Path]:
-    """Every file that the server reads for one release: configs and version directories of the guard and its stages.
+    """Every file that the server reads for one release: configurations and version directories.
 
     The manifest itself is left out, as no file can hold its own digest.
     """
-    models = [guard, *(stage_model(guard, stage) for stage in STAGES)]
     found: list[Path] = []
-    for model in models:
-        found.append(repository / model / "config.pbtxt")
+    for model in models(guard):
+        found.append(repository / model / CONFIG)
         found += sorted(path for path in (repository / model / str(release)).rglob("*") if path.is_file())
-    own = manifest_path(repository, guard, release)
-    return [path for path in found if path != own and "__pycache__" not in path.parts]
+    return [path for path in found if path != manifest_path(repository, guard, release)]
 
 
 def write_manifest(repository: Path, guard: str, release: int, content: dict[str, Any]) -> Path:
@@ -44,7 +49,10 @@ def write_manifest(repository: Path, guard: str, release: int, content: dict[str
     files = {path.relative_to(repository).as_posix(): digest(path) for path in release_files(repository, guard, release)}
     path = manifest_path(repository, guard, release)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"guard": guard, "release": release, **content, "files": files}, indent=2) + "\n")
+    text = json.dumps({"guard": guard, "release": release, **content, "files": files}, indent=2, allow_nan=False)
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(text + "\n")
+    unfinished.replace(path)
     return path
 
 
@@ -52,15 +60,20 @@ def read_manifest(repository: Path, guard: str, release: int | None = None) -> d
     """The manifest of one release, or of the highest one.
 
     Raises:
-        NoisecError: the guard or the release is not in the repository.
+        NoisecError: the guard or the release is not in the repository, or the file is damaged.
     """
     if release is None:
         release = max(releases(repository, guard))
     path = manifest_path(repository, guard, release)
     if not path.is_file():
         raise NoisecError(f"{path}: no such manifest; releases of {guard!r} here: {releases(repository, guard)}")
-    content: dict[str, Any] = json.loads(path.read_text())
-    return content
+    try:
+        content = json.loads(path.read_text())
+        if content["guard"] == guard and content["release"] == release and isinstance(content["files"], dict):
+            return dict(content)
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise NoisecError(f"{path}: damaged: not the manifest of release {release} of {guard!r}; build the guard again")
 
 
 def guards(repository: Path) -> list[str]:
@@ -80,14 +93,35 @@ def releases(repository: Path, guard: str) -> list[int]:
     return found
 
 
-def verify(repository: Path, guard: str, release: int | None = None) -> list[str]:
-    """Differences between the files on disk and the manifest's digests, one sentence each; empty when there are none."""
-    manifest = read_manifest(repository, guard, release)
-    expected: dict[str, str] = manifest["files"]
-    present = {p.relative_to(repository).as_posix(): p for p in release_files(repository, guard, manifest["release"]) if p.is_file()}
+def verify(repository: Path, guard: str) -> list[str]:
+    """Differences between a guard's folders and its manifests' digests, one sentence each; empty when there are none.
+
+    Every file counts, in every release and beside them: whatever lies in a model's folder may be run by the server. The releases share
+    their configurations, which are those of the newest.
+    """
+    numbers = releases(repository, guard)
+    expected: dict[str, str] = {}
+    for number in numbers:
+        files: dict[str, str] = read_manifest(repository, guard, number)["files"]
+        expected |= {name: found for name, found in files.items() if number == numbers[-1] or not name.endswith(f"/{CONFIG}")}
+    own = {manifest_path(repository, guard, number) for number in numbers} | {repository / guard / CARD}
+    present = {
+        path.relative_to(repository).as_posix(): path
+        for model in models(guard)
+        for path in sorted((repository / model).rglob("*"))
+        if path.is_file() and path not in own
+    }
     problems = [f"{name}: missing" for name in expected if name not in present]
-    problems += [f"{name}: not in the manifest" for name in present if name not in expected]
+    problems += [f"{name}: not in a manifest" for name in present if name not in expected]
     problems += [
         f"{name}: changed since the build" for name, path in present.items() if name in expected and digest(path) != expected[name]
     ]
     return problems
+
+
+def verify_repository(repository: Path) -> list[str]:
+    """The same for every guard of a repository, and folders that belong to no guard, which a server would load as well."""
+    found = guards(repository)
+    known = {model for guard in found for model in models(guard)}
+    foreign = sorted(path.name for path in repository.iterdir() if path.is_dir() and path.name not in known)
+    return [problem for guard in found for problem in verify(repository, guard)] + [f"{name}/: belongs to no guard" for name in foreign]

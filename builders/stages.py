@@ -1,0 +1,114 @@
+"""Network stages, asked one after the other in the ensemble's order, in this process or on a server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import tritonclient.grpc as triton_grpc
+
+from noisec import contract
+from noisec.builders.figures import Answers
+from noisec.builders.images import BATCH, Floats
+from noisec.builders.progress import tracked
+from noisec.contract import stage_model
+from noisec.errors import NoisecError
+from noisec.python_backend.runtimes.onnxruntime.session import open_session
+from noisec.python_backend.scorer.scoring import Scorer
+
+Tensors = dict[str, Floats]
+Infer = Callable[[str, Floats, Sequence[str]], Tensors]
+"""(``autoencoder`` or ``classifier``, IMAGE float32 [n, C, H, W], output names) -> output name -> float32 [n, ...]"""
+
+
+class StageRunner:
+    """Runs a guard's network stages over many images.
+
+    Args:
+        infer: :func:`in_process` or :func:`served`
+        passes: classifier passes, the image's among them
+    """
+
+    def __init__(self, infer: Infer, passes: tuple[contract.Pass, ...]) -> None:
+        self._infer = infer
+        self._passes = passes
+
+    def __call__(self, batches: Iterable[Floats], count: int, title: str = "running stages") -> Tensors:
+        """LOGITS and everything that a scorer reads.
+
+        Args:
+            batches: float32 [n, C, H, W] each
+            count: images in all
+
+        Returns:
+            tensor name -> float32 [count, ...]
+        """
+        results = [self._batch(batch) for batch in tracked(batches, title, -(-count // BATCH))]
+        return joined(results)
+
+    def _batch(self, images: Floats) -> Tensors:
+        made = self._infer("autoencoder", images, contract.AUTOENCODER_OUTPUTS)
+        sources = {"image": images, "noise": made[contract.NOISE], "reconstruction": made[contract.RECONSTRUCTION]}
+        results = {name: made[name] for name in (contract.NOISE_LEVEL, contract.IN_RANGE)}
+        for one in self._passes:
+            answer = self._infer("classifier", sources[one], contract.CLASSIFIER_OUTPUTS)
+            results[contract.PASSES[one]] = answer[contract.PENULTIMATE]
+            if one == "image":
+                results[contract.LOGITS] = answer[contract.LOGITS]
+        return results
+
+
+def joined(parts: Sequence[Tensors]) -> Tensors:
+    """Several answers as one, in order."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def in_process(stages: Mapping[str, Path], threads: int = 0) -> Infer:
+    """Stages run by ONNX Runtime in this process.
+
+    Args:
+        stages: ``autoencoder`` and ``classifier`` -> folder with the stage's ``model.onnx``
+        threads: compute threads; 0 takes every core
+    """
+    sessions = {stage: open_session(folder / "model.onnx", threads) for stage, folder in stages.items()}
+
+    def infer(stage: str, images: Floats, outputs: Sequence[str]) -> Tensors:
+        return dict(zip(outputs, sessions[stage].run(list(outputs), {contract.IMAGE: images}), strict=True))
+
+    return infer
+
+
+def served(url: str, guard: str, release: int) -> Infer:
+    """Stages of a served guard, asked over gRPC.
+
+    Raises:
+        NoisecError: the server does not serve this release.
+    """
+    client = triton_grpc.InferenceServerClient(url)
+    version = str(release)
+    try:
+        largest = max(1, int(client.get_model_config(stage_model(guard, "classifier"), version).config.max_batch_size))
+    except triton_grpc.InferenceServerException as error:
+        raise NoisecError(f"{url}: release {release} of {guard!r} is not served there: {error.message()}") from error
+
+    def ask(stage: str, images: Floats, outputs: Sequence[str]) -> Tensors:
+        image = triton_grpc.InferInput(contract.IMAGE, images.shape, "FP32").set_data_from_numpy(np.ascontiguousarray(images))
+        requested = [triton_grpc.InferRequestedOutput(name) for name in outputs]
+        try:
+            result = client.infer(stage_model(guard, stage), [image], model_version=version, outputs=requested)
+        except triton_grpc.InferenceServerException as error:
+            raise NoisecError(f"{stage_model(guard, stage)}: {error.message()}") from error
+        return {name: result.as_numpy(name) for name in outputs}
+
+    def infer(stage: str, images: Floats, outputs: Sequence[str]) -> Tensors:
+        return joined([ask(stage, images[start : start + largest], outputs) for start in range(0, len(images), largest)])
+
+    return infer
+
+
+def ask_guard(run: StageRunner, scorer: Scorer, batches: Iterable[Floats], count: int, title: str) -> Answers:
+    """What stages and scorer answer together."""
+    tensors = run(batches, count, title)
+    verdict = scorer.verdict(tensors)
+    return Answers(tensors[contract.LOGITS].argmax(axis=1), verdict.score, verdict.is_malicious)
