@@ -18,7 +18,7 @@ from noisec import contract, manifest
 from noisec.builders import attacks, datasets, figures, sanity
 from noisec.builders.calibrate import fit_scorer
 from noisec.builders.card import write_card
-from noisec.builders.export import AutoencoderStage, export_difference, export_stage
+from noisec.builders.export import AutoencoderStage, export_difference, export_stage, noise_offset
 from noisec.builders.images import Floats, Splits, in_batches, natural
 from noisec.builders.networks import DENOISERS
 from noisec.builders.precision import lower
@@ -165,17 +165,17 @@ def lowered(spec: GuardSpec, exact: dict[Stage, Path], stage: Stage, precision: 
 
     def make(folder: Path) -> None:
         images = natural(splits.fit[:INT8_IMAGES], spec.natural_noise_sd, spec.seed)
-        feeds = images if stage == "autoencoder" else classifier_feeds(exact["autoencoder"], images)
+        feeds = images if stage == "autoencoder" else classifier_feeds(exact["autoencoder"], images, spec.noise_source)
         lower(exact[stage], precision, feeds, spec.int8_calibration, folder)
 
     return bench.step(f"{stage}-{precision}", inputs, make)
 
 
-def classifier_feeds(autoencoder: Path, images: Iterable[Floats]) -> Iterator[Floats]:
+def classifier_feeds(autoencoder: Path, images: Iterable[Floats], noise_source: str) -> Iterator[Floats]:
     """What the classifier stage is fed: images, their reconstructions and their noise."""
     session = open_session(autoencoder / "model.onnx")
     for batch in images:
-        yield from (batch, *session.run([contract.RECONSTRUCTION, contract.NOISE], {contract.IMAGE: batch}))
+        yield from (batch, *session.run([contract.RECONSTRUCTION, noise_source], {contract.IMAGE: batch}))
 
 
 def build_autoencoder(spec: GuardSpec, splits: Splits, bench: Workbench) -> Path:
@@ -185,14 +185,15 @@ def build_autoencoder(spec: GuardSpec, splits: Splits, bench: Workbench) -> Path
         {**training_inputs(spec, splits), "autoencoder": spec.autoencoder.model_dump(mode="json")},
         lambda folder: train_autoencoder(spec.autoencoder, splits.train, spec.seed, folder),
     )
-    stage = AutoencoderStage(load_network(DENOISERS[spec.autoencoder.network](splits.shape), weights))
+    offset = noise_offset(spec.classifier.preprocessing) if spec.noise_source == contract.NOISE_INPUT else ()
+    stage = AutoencoderStage(load_network(DENOISERS[spec.autoencoder.network](splits.shape), weights), offset)
 
     def export(folder: Path) -> None:
-        export_stage(stage, splits.shape, contract.AUTOENCODER_OUTPUTS, folder / "model.onnx")
+        export_stage(stage, splits.shape, spec.autoencoder_outputs, folder / "model.onnx")
         difference = export_difference(stage, folder / "model.onnx", splits.fit[:COMPARED].floats())
         (folder / "difference.json").write_text(json.dumps({"autoencoder": difference}))
 
-    return bench.step("autoencoder-stage", {"from": weights.name}, export)
+    return bench.step("autoencoder-stage", {"from": weights.name, "offset": offset}, export)
 
 
 def scorer_inputs(spec: GuardSpec, splits: Splits, stages: dict[str, Path]) -> dict[str, Any]:
@@ -202,7 +203,7 @@ def scorer_inputs(spec: GuardSpec, splits: Splits, stages: dict[str, Path]) -> d
 
 
 def fit(spec: GuardSpec, stages: dict[str, Path], splits: Splits, folder: Path) -> None:
-    fit_scorer(spec, StageRunner(in_process(stages), passes_needed(spec)), splits).save(folder / "scorer.npz")
+    fit_scorer(spec, StageRunner(in_process(stages), passes_needed(spec), spec.noise_source), splits).save(folder / "scorer.npz")
 
 
 def attack_report(spec: GuardSpec, protected: Protected, splits: Splits, bench: Workbench) -> Path:
@@ -225,7 +226,7 @@ def attack_report(spec: GuardSpec, protected: Protected, splits: Splits, bench: 
 
 def measure(spec: GuardSpec, stages: dict[str, Path], scorer: Scorer, splits: Splits, attacked: Path, folder: Path) -> None:
     """Ask the stages about clean, noisy and attacked report images; write ``figures.json`` and the clean images' labels."""
-    run = StageRunner(in_process(stages), passes_needed(spec))
+    run = StageRunner(in_process(stages), passes_needed(spec), spec.noise_source)
 
     report = splits.report
     clean = ask_guard(run, scorer, (batch.floats() for batch in report.batches()), len(report), "clean images")

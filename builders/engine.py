@@ -57,6 +57,15 @@ def gpus() -> int:
     return count.value if cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
 
 
+def compute_capability() -> str:
+    """Compute capability of the first GPU, such as ``9.0``."""
+    cuda = ctypes.CDLL("libcuda.so.1")
+    found = [ctypes.c_int(), ctypes.c_int()]
+    for value, attribute in zip(found, (75, 76), strict=True):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+        cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, 0)
+    return f"{found[0].value}.{found[1].value}"
+
+
 def build_plan(trt: Any, path: Path, largest: int, options: EngineOptions, timing_cache: Path | None = None) -> bytes:
     """A serialised engine of one stage, strongly typed: every layer runs in the precision that the graph states.
 

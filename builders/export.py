@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from noisec import contract
 from noisec.builders.classifier import IR_VERSION
+from noisec.builders.spec import PreprocessingSpec
 from noisec.errors import NoisecError
 from noisec.python_backend.runtimes.onnxruntime.session import open_session
 
@@ -23,20 +25,32 @@ MAX_DIFFERENCE = 1e-3
 
 
 class AutoencoderStage(nn.Module):
-    """IMAGE -> NOISE, RECONSTRUCTION, NOISE_LEVEL, IN_RANGE: the subtraction is part of the graph."""
+    """IMAGE -> NOISE, RECONSTRUCTION, NOISE_LEVEL, IN_RANGE and, with an offset, NOISE_INPUT: the subtraction is part of the graph.
 
-    def __init__(self, denoiser: nn.Module) -> None:
+    Args:
+        offset: one for each channel, added to the noise that the classifier is fed
+    """
+
+    def __init__(self, denoiser: nn.Module, offset: Sequence[float] = ()) -> None:
         super().__init__()
         self.denoiser = denoiser
+        self.offset = torch.tensor(offset)[:, None, None] if offset else None
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         reconstruction = self.denoiser(image)
         noise = image - reconstruction
         level = noise.square().mean(dim=(1, 2, 3)).sqrt().unsqueeze(1)
         # Comparisons, because a NaN need not survive the networks: runtimes may turn ReLU(NaN) into 0.
         low, high = -contract.PIXEL_TOLERANCE, 1 + contract.PIXEL_TOLERANCE
         inside = torch.logical_and(image >= low, image <= high).to(image.dtype).amin(dim=(1, 2, 3)).unsqueeze(1)
-        return noise, reconstruction, level, inside
+        outputs = noise, reconstruction, level, inside
+        return outputs if self.offset is None else (*outputs, noise + self.offset)
+
+
+def noise_offset(preprocessing: PreprocessingSpec) -> tuple[float, ...]:
+    """What is added to the noise so that preprocessing makes n / std of it: its mean, in the image's own scale and channel order."""
+    means = tuple(mean / preprocessing.scale for mean in preprocessing.mean)
+    return means[::-1] if preprocessing.channel_order == "bgr" else means
 
 
 def export_stage(stage: nn.Module, shape: tuple[int, int, int], outputs: tuple[str, ...], path: Path) -> None:

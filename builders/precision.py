@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -68,25 +70,26 @@ def _quantise(path: Path, images: Iterable[Floats], calibration: Calibration, ta
     methods = {"max": CalibrationMethod.MinMax, "entropy": CalibrationMethod.Entropy, "percentile": CalibrationMethod.Percentile}
     ready = target.with_suffix(".ready")
     quant_pre_process(path, ready, skip_symbolic_shape=True)
-    quantize_static(
-        ready,
-        target,
-        _Reader(iter(images)),
-        quant_format=QuantFormat.QDQ,
-        op_types_to_quantize=list(LOWERED),
-        nodes_to_exclude=shared_with_exact_path(onnx.load(ready)),
-        activation_type=QuantType.QInt8,
-        weight_type=QuantType.QInt8,
-        per_channel=True,
-        calibrate_method=methods[calibration],
-        extra_options={
-            "ActivationSymmetric": True,
-            "WeightSymmetric": True,
-            "QuantizeBias": False,
-            "AddQDQPairToWeight": True,
-            "OpTypesToExcludeOutputQuantization": list(LOWERED),
-        },
-    )
+    with redirect_stdout(StringIO()):  # the histograms' sizes, which nobody asked for
+        quantize_static(
+            ready,
+            target,
+            _Reader(iter(images)),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=list(LOWERED),
+            nodes_to_exclude=shared_with_exact_path(onnx.load(ready)),
+            activation_type=QuantType.QInt8,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            calibrate_method=methods[calibration],
+            extra_options={
+                "ActivationSymmetric": True,
+                "WeightSymmetric": True,
+                "QuantizeBias": False,
+                "AddQDQPairToWeight": True,
+                "OpTypesToExcludeOutputQuantization": list(LOWERED),
+            },
+        )
     ready.unlink()
 
 

@@ -36,7 +36,7 @@ def recalibrate(repository: Path, guard: str, work: Path, url: str | None) -> in
     new = spec.model_copy(update={"release": old["release"] + 1})
     splits = datasets.load_splits(spec.data, spec.seed, cache=work / "images")
     stages = {stage: repository / stage_model(guard, stage) / str(old["release"]) for stage in ("autoencoder", "classifier")}
-    run = StageRunner(served(url, guard, old["release"]) if url else in_process(stages), passes_needed(spec))
+    run = StageRunner(served(url, guard, old["release"]) if url else in_process(stages), passes_needed(spec), spec.noise_source)
     scorer = fit_scorer(new, run, splits)
     clean = ask_guard(run, scorer, (batch.floats() for batch in splits.report.batches()), len(splits.report), "clean images")
     noisy = ask_guard(run, scorer, natural(splits.report, spec.natural_noise_sd, spec.seed + 2), len(splits.report), "noisy images")

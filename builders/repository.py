@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as triton
@@ -17,6 +19,7 @@ from noisec.manifest import manifest_path
 from noisec.python_backend.scorer import scoring
 
 SCORER_CODE = Path(scoring.__file__).parent
+NO_PLANS: Mapping[str, str] = MappingProxyType({})
 SCORER_FILES = ("model.py", "scoring.py", "batching.py")
 
 
@@ -45,18 +48,23 @@ def _tensor(name: str, dims: tuple[int, ...], kind: str = "TYPE_FP32") -> dict[s
     return {"name": name, "data_type": getattr(triton, kind), "dims": dims}
 
 
-def network_config(spec: GuardSpec, stage: str, widths: Widths) -> triton.ModelConfig:
-    """Configuration of the ``autoencoder`` or ``classifier`` stage."""
+def network_config(spec: GuardSpec, stage: str, widths: Widths, plans: Mapping[str, str] = NO_PLANS) -> triton.ModelConfig:
+    """Configuration of the ``autoencoder`` or ``classifier`` stage.
+
+    Args:
+        plans: compute capability -> TensorRT plan; empty for the ONNX runtime
+    """
     outputs = {
         "autoencoder": [
             _tensor(contract.NOISE, widths.shape),
             _tensor(contract.RECONSTRUCTION, widths.shape),
             _tensor(contract.NOISE_LEVEL, (1,)),
             _tensor(contract.IN_RANGE, (1,)),
+            *(_tensor(name, widths.shape) for name in spec.autoencoder_outputs if name == contract.NOISE_INPUT),
         ],
         "classifier": [_tensor(contract.LOGITS, (widths.classes,)), _tensor(contract.PENULTIMATE, (widths.features,))],
     }
-    return triton.ModelConfig(
+    config = triton.ModelConfig(
         name=stage_model(spec.name, stage),
         backend=spec.runtime,
         default_model_filename="model.onnx",
@@ -65,6 +73,28 @@ def network_config(spec: GuardSpec, stage: str, widths: Widths) -> triton.ModelC
         output=outputs[stage],
         dynamic_batching={"max_queue_delay_microseconds": spec.serving.queue_delay_microseconds},
         instance_group=[{"count": 1, "kind": triton.ModelInstanceGroup.KIND_AUTO}],
+    )
+    if plans:
+        config.MergeFrom(_for_tensorrt(spec, widths, plans))
+    return config
+
+
+def _for_tensorrt(spec: GuardSpec, widths: Widths, plans: Mapping[str, str]) -> triton.ModelConfig:
+    """What a TensorRT stage has besides: its plans, a CUDA graph for every power of two up to the largest batch, pinned memory, warm-up."""
+    largest = spec.serving.max_batch_size
+    sizes = sorted({*(1 << power for power in range(largest.bit_length())), largest})
+    graphs = [{"batch_size": size, "input": {contract.IMAGE: {"dim": widths.shape}}} for size in sizes]
+    zeros = {contract.IMAGE: {"data_type": triton.TYPE_FP32, "dims": widths.shape, "zero_data": True}}
+    return triton.ModelConfig(
+        backend="tensorrt",
+        default_model_filename=next(iter(plans.values())),
+        cc_model_filenames=plans,
+        optimization={
+            "cuda": {"graphs": True, "graph_spec": graphs},
+            "input_pinned_memory": {"enable": True},
+            "output_pinned_memory": {"enable": True},
+        },
+        model_warmup=[{"name": f"batch of {size}", "batch_size": size, "inputs": zeros} for size in (1, largest)],
     )
 
 
@@ -93,9 +123,8 @@ def ensemble_config(spec: GuardSpec, widths: Widths, class_names: tuple[str, ...
     step = triton.ModelEnsembling.Step
     autoencoder, classifier, scorer = (stage_model(spec.name, stage) for stage in contract.STAGES)
     views = scorer_inputs(spec)
-    source = {"image": contract.IMAGE, "noise": contract.NOISE, "reconstruction": contract.RECONSTRUCTION}
-    images = {contract.NOISE: contract.NOISE, contract.RECONSTRUCTION: contract.RECONSTRUCTION}
-    used = {name: name for one in passes_needed(spec) for name in images if source[one] == name}
+    source = {"image": contract.IMAGE, "noise": spec.noise_source, "reconstruction": contract.RECONSTRUCTION}
+    used = {source[one]: source[one] for one in passes_needed(spec) if one != "image"}
     flags = {contract.NOISE_LEVEL: contract.NOISE_LEVEL, contract.IN_RANGE: contract.IN_RANGE}
     steps = [
         step(model_name=autoencoder, model_version=spec.release, input_map={contract.IMAGE: contract.IMAGE}, output_map={**used, **flags})
@@ -125,7 +154,13 @@ def ensemble_config(spec: GuardSpec, widths: Widths, class_names: tuple[str, ...
 
 
 def write_repository(
-    repository: Path, spec: GuardSpec, widths: Widths, class_names: tuple[str, ...], stages: dict[str, Path], scorer: scoring.Scorer
+    repository: Path,
+    spec: GuardSpec,
+    widths: Widths,
+    class_names: tuple[str, ...],
+    stages: Mapping[str, Path],
+    scorer: scoring.Scorer,
+    plans: Mapping[str, str] = NO_PLANS,
 ) -> None:
     """Write every model of the guard, replacing an earlier build of the same release; other releases and guards stay.
 
@@ -133,11 +168,12 @@ def write_repository(
     configurations: one whose tensors differ from those of the older releases is the only one that is served from then on.
 
     Args:
-        stages: ``autoencoder`` and ``classifier`` -> folder with ``model.onnx`` and, where it has any, its external data
+        stages: ``autoencoder`` and ``classifier`` -> folder with ``model.onnx`` and, where it has any, its external data and plans
+        plans: compute capability -> name of the TensorRT plan in every stage's folder; empty for the ONNX runtime
     """
     manifest_path(repository, spec.name, spec.release).unlink(missing_ok=True)
     for stage in contract.STAGES:
-        config = scorer_config(spec, widths) if stage == "scorer" else network_config(spec, stage, widths)
+        config = scorer_config(spec, widths) if stage == "scorer" else network_config(spec, stage, widths, plans)
         model = repository / config.name
         config.version_policy.CopyFrom(served_versions(model, config, spec.release))
         folder = _fresh_version(model, spec.release)
@@ -150,8 +186,8 @@ def write_repository(
     _write_config(repository / spec.name, ensemble_config(spec, widths, class_names))
 
 
-def _stage_files(stages: dict[str, Path], stage: str) -> list[Path]:
-    return [SCORER_CODE / name for name in SCORER_FILES] if stage == "scorer" else sorted(stages[stage].glob("model.onnx*"))
+def _stage_files(stages: Mapping[str, Path], stage: str) -> list[Path]:
+    return [SCORER_CODE / name for name in SCORER_FILES] if stage == "scorer" else sorted(stages[stage].glob("model*"))
 
 
 def served_versions(model: Path, config: triton.ModelConfig, release: int) -> triton.ModelVersionPolicy:

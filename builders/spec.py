@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from noisec import contract
 from noisec.contract import View
 from noisec.errors import NoisecError
 
@@ -213,6 +214,21 @@ class GuardSpec(Section):
                 "or give the PyTorch module with classifier.factory"
             )
         return self
+
+    @property
+    def noise_source(self) -> str:
+        """The tensor that the noise pass feeds to the classifier stage.
+
+        A classifier that subtracts a mean gets the noise with that mean added: n / std detects better than (n - mean) / std, which moves
+        every noise by the same constant (docs/noise-of-a-normalising-classifier.md).
+        """
+        subtracts = any(self.classifier.preprocessing.mean) and any(detector.view == "noise" for detector in self.detectors)
+        return contract.NOISE_INPUT if subtracts else contract.NOISE
+
+    @property
+    def autoencoder_outputs(self) -> tuple[str, ...]:
+        """What the autoencoder stage answers."""
+        return (*contract.AUTOENCODER_OUTPUTS, *(() if self.noise_source == contract.NOISE else (self.noise_source,)))
 
     def precision_of(self, stage: Literal["autoencoder", "classifier"]) -> Precision:
         """The precision in which a stage serves."""

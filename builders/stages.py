@@ -28,10 +28,12 @@ class StageRunner:
     Args:
         infer: :func:`in_process` or :func:`served`
         passes: classifier passes, the image's among them
+        noise_source: the autoencoder stage's output that the noise pass feeds to the classifier stage
     """
 
-    def __init__(self, infer: Infer, passes: tuple[contract.Pass, ...]) -> None:
+    def __init__(self, infer: Infer, passes: tuple[contract.Pass, ...], noise_source: str) -> None:
         self._infer = infer
+        self._noise_source = noise_source
         self._passes = passes
 
     def __call__(self, batches: Iterable[Floats], count: int, title: str = "running stages") -> Tensors:
@@ -48,8 +50,8 @@ class StageRunner:
         return joined(results)
 
     def _batch(self, images: Floats) -> Tensors:
-        made = self._infer("autoencoder", images, contract.AUTOENCODER_OUTPUTS)
-        sources = {"image": images, "noise": made[contract.NOISE], "reconstruction": made[contract.RECONSTRUCTION]}
+        made = self._infer("autoencoder", images, (*{*contract.AUTOENCODER_OUTPUTS, self._noise_source},))
+        sources = {"image": images, "noise": made[self._noise_source], "reconstruction": made[contract.RECONSTRUCTION]}
         results = {name: made[name] for name in (contract.NOISE_LEVEL, contract.IN_RANGE)}
         for one in self._passes:
             answer = self._infer("classifier", sources[one], contract.CLASSIFIER_OUTPUTS)

@@ -53,7 +53,6 @@ class _Server(TritonServer):  # type: ignore[misc]
         env["LD_LIBRARY_PATH"] = f"{sysconfig.get_config_var('LIBDIR')}:{env['LD_LIBRARY_PATH']}"
         # Stubs start an interpreter of their own: they must see this one's packages, a virtual environment's included.
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH", ""), *filter(None, sys.path)]))
-        env["PYTHONDONTWRITEBYTECODE"] = "1"  # what lies beside a model's code is checked against the manifest
         env["OMP_NUM_THREADS"] = env["OPENBLAS_NUM_THREADS"] = env["MKL_NUM_THREADS"] = "1"
         return env
 
@@ -101,6 +100,7 @@ class EmbeddedServer:
     ) -> None:
         if not repository.is_dir() or not guards(repository):
             raise NoisecError(f"{repository}: no guard in this folder; build one with 'noisec build GUARD.toml --repository {repository}'")
+        _remove_caches(repository)
         problems = verify_repository(repository) if check else []
         if problems:
             raise NoisecError("\n".join([f"{repository}: not as it was built, so it is not served; build the guard again", *problems[:20]]))
@@ -155,6 +155,7 @@ class EmbeddedServer:
         for region in Path("/dev/shm").glob(f"{self._region}*"):
             with suppress(FileNotFoundError):
                 region.unlink()
+        _remove_caches(self.repository)
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -208,6 +209,12 @@ class EmbeddedServer:
         lines = self.logs().splitlines()
         wrong = [line for line in lines if re.match(r"[EF]\d{4} |error", line)]
         return "\n".join((wrong or lines)[-12:])
+
+
+def _remove_caches(repository: Path) -> None:
+    """Compiled Python beside the models' code: the server would run it in place of code that is checked against the manifest."""
+    for path in repository.glob("*/*/__pycache__"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove_abandoned() -> None:

@@ -30,7 +30,7 @@ SCORE_DIFFERENCE = 1e-3
 def computed(spec, pixels):
     folder = REPOSITORY / stage_model(GUARD, "scorer") / "1"
     stages = {stage: REPOSITORY / stage_model(GUARD, stage) / "1" for stage in ("autoencoder", "classifier")}
-    tensors = StageRunner(in_process(stages), passes_needed(spec))(in_batches(pixels), len(pixels))
+    tensors = StageRunner(in_process(stages), passes_needed(spec), spec.noise_source)(in_batches(pixels), len(pixels))
     return tensors[contract.LOGITS], Scorer.load(folder / "scorer.npz").verdict(tensors)
 
 

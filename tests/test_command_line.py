@@ -89,6 +89,6 @@ def test_errors_are_printed_alone(tmp_path):
     assert "manifest.json: damaged" in noisec("verify", tmp_path, code=1)
 
 
-@pytest.mark.parametrize("command", ["build", "calibrate", "inspect", "serve", "classify", "verify", "demo"])
+@pytest.mark.parametrize("command", ["build", "calibrate", "compile", "inspect", "serve", "classify", "verify", "demo"])
 def test_every_command_explains_itself_with_an_example(command):
     assert f"Example: noisec {command}" in " ".join(noisec(command, "--help").split())

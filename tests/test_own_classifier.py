@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from noisec import contract
 from noisec.builders.build import build
 from noisec.builders.classifier import dissect, make_stage
-from noisec.builders.export import export_plain
-from noisec.builders.networks import ResNet20
+from noisec.builders.export import AutoencoderStage, export_plain, noise_offset
+from noisec.builders.networks import DENOISERS, ResNet20
 from noisec.builders.protect import Preprocessing, load_module
 from noisec.builders.sources import fashion_mnist
 from noisec.builders.spec import PreprocessingSpec, read_spec
@@ -96,6 +96,20 @@ def test_a_pretrained_efficientnet_keeps_its_answers(tmp_path):
     assert penultimate.shape == (4, 1280)
 
 
+def test_a_normalising_classifier_sees_the_noise_without_its_mean(tmp_path):
+    spec = PreprocessingSpec(channel_order="bgr", scale=255, mean=(104, 117, 123), std=(2.0, 3.0, 4.0))
+    stage = AutoencoderStage(DENOISERS["unet-small"]((3, 16, 16)), noise_offset(spec)).eval()
+    for parameter in stage.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    images = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        noise, *_, fed = stage(images)
+        seen = Preprocessing(spec)(fed)
+    assert noise.abs().max() > 0.01
+    expected = noise.flip(1) * 255 / torch.tensor(spec.std)[:, None, None]
+    assert torch.allclose(seen, expected, atol=1e-3)
+
+
 WEIGHTS = Path(os.environ.get("NOISEC_DATA", "")) / "weights" / "cifar10-resnet20-12fca82f.th"
 CIFAR = Path(os.environ.get("NOISEC_DATA", "")) / "cifar-10-batches-bin" / "test_batch.bin"
 
@@ -133,6 +147,9 @@ onnx = "resnet20.onnx"
 [classifier.preprocessing]
 mean = [0.485, 0.456, 0.406]
 std = [0.229, 0.224, 0.225]
+
+[[detectors]]
+view = "noise"
 """
         + REST
     )
@@ -141,6 +158,10 @@ std = [0.229, 0.224, 0.225]
     images, truth = rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0]
     with EmbeddedServer(guard.repository) as server, GuardClient(server.grpc_url, "resnet20") as client:
         labels = client.classify(images, labels_only=True).labels
+        report = client.classify(guard.splits.report.pixels)
+    figures = read_manifest(guard.repository, "resnet20")["figures"]
+    assert report.is_malicious.mean() == pytest.approx(figures["fpr"])
+    assert 'key: "IMAGE"\n      value: "NOISE_INPUT"' in (guard.repository / "resnet20" / "config.pbtxt").read_text()
     preprocess = Preprocessing(PreprocessingSpec(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)))
     with torch.no_grad():
         batches = [network(preprocess(torch.from_numpy(images[start : start + 500] / np.float32(255)))) for start in range(0, 10000, 500)]

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
 import tensorrt_rtx_bindings as rtx
 from conftest import GUARD, REPOSITORY
+from google.protobuf import text_format
 from onnx import TensorProto
+from tritonclient.grpc import model_config_pb2
 
 from noisec import contract
 from noisec.builders.build import NETWORK_STAGES, PRECISIONS, classifier_feeds
-from noisec.builders.engine import EngineOptions, build_plan, find_tensorrt, gpus
+from noisec.builders.compiling import compile_with
+from noisec.builders.engine import EngineOptions, build_plan, gpus
 from noisec.builders.images import in_batches
 from noisec.builders.precision import LOWERED, lower
 from noisec.builders.sanity import precision_problems
 from noisec.contract import stage_model
 from noisec.errors import NoisecError
+from noisec.manifest import read_manifest, releases, verify
 from noisec.python_backend.runtimes.onnxruntime.session import open_session
+from noisec.python_backend.server import EmbeddedServer
 
 PAIRS = [(stage, precision) for stage in NETWORK_STAGES for precision in PRECISIONS]
 LOWER_PAIRS = [pair for pair in PAIRS if pair[1] != "fp32"]
@@ -34,7 +44,7 @@ def stages(tmp_path_factory, report):
     folders = {}
     for stage, precision in PAIRS:
         folders[stage, precision] = tmp_path_factory.mktemp(f"{stage}-{precision}")
-        feeds = in_batches(images) if stage == "autoencoder" else classifier_feeds(exact("autoencoder"), in_batches(images))
+        feeds = in_batches(images) if stage == "autoencoder" else classifier_feeds(exact("autoencoder"), in_batches(images), contract.NOISE)
         lower(exact(stage), precision, feeds, "entropy", folders[stage, precision])
     return folders
 
@@ -133,10 +143,50 @@ def test_a_stage_that_tensorrt_cannot_parse_is_named_with_its_reason(tmp_path):
         build_plan(rtx, tmp_path / "model.onnx", 64, EngineOptions())
 
 
-@pytest.mark.skipif(gpus() > 0, reason="this machine has an NVIDIA GPU")
-def test_without_a_gpu_one_sentence_says_so():
-    with pytest.raises(NoisecError, match="^no NVIDIA GPU on this machine: .*; nothing was changed$"):
-        find_tensorrt()
+WITHOUT_GPU = pytest.mark.skipif(gpus() > 0, reason="this machine has an NVIDIA GPU")
+
+
+@WITHOUT_GPU
+def test_without_a_gpu_compile_says_so_in_one_sentence_and_changes_nothing(tmp_path):
+    copy = Path(shutil.copytree(REPOSITORY, tmp_path / "repository"))
+    done = subprocess.run([sys.executable, "-m", "noisec", "compile", copy, "--guard", GUARD], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "noisec: no NVIDIA GPU on this machine: TensorRT plans are compiled on the GPU that runs them; nothing was changed\n"
+    )
+    assert releases(copy, GUARD) == [1]
+    assert verify(copy, GUARD) == []
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The reference guard with plans of TensorRT for RTX, configured for GPUs of compute capability 9.0."""
+    copy = Path(shutil.copytree(REPOSITORY, tmp_path_factory.mktemp("compiled") / "repository"))
+    assert compile_with(rtx, "9.0", copy, GUARD, EngineOptions(optimum=8)) == 2
+    return copy
+
+
+def test_a_compiled_release_holds_plans_beside_the_graphs(compiled):
+    assert verify(compiled, GUARD) == []
+    for stage in NETWORK_STAGES:
+        config = text_format.Parse((compiled / stage_model(GUARD, stage) / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
+        folder = compiled / stage_model(GUARD, stage) / "2"
+        assert config.backend == "tensorrt"
+        assert dict(config.cc_model_filenames) == {"9.0": "model_sm90.plan"}
+        assert {path.name for path in folder.iterdir()} >= {"model.onnx", "model_sm90.plan"}
+        assert [spec.batch_size for spec in config.optimization.cuda.graph_spec] == [1, 2, 4, 8, 16, 32, 64]
+        assert [warmup.batch_size for warmup in config.model_warmup] == [1, 64]
+        assert list(config.version_policy.specific.versions) == [2]
+    assert read_manifest(compiled, GUARD)["compiled"]["scorer_fitted_on_release"] == 1
+
+
+@WITHOUT_GPU
+def test_the_real_server_takes_a_compiled_release_up_to_where_it_asks_for_the_gpu(compiled):
+    for stage in NETWORK_STAGES:
+        name = stage_model(GUARD, stage)
+        reason = rf"{name}: a TensorRT plan needs (the package tensorrt: it is not installed here|an NVIDIA GPU and this server sees none)"
+        with pytest.raises(NoisecError, match=reason):
+            EmbeddedServer(compiled).start()
 
 
 @pytest.mark.parametrize("change", [{"auroc": 0.93}, {"label_agreement": 0.99}])

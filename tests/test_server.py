@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import py_compile
 import re
 import shutil
 import signal
@@ -90,11 +91,25 @@ def test_a_repository_whose_path_holds_spaces_is_served(copy, pixels):
 
 
 def test_a_repository_that_is_not_as_it_was_built_is_not_served(copy):
-    planted = copy / stage_model(GUARD, "scorer") / "1" / "__pycache__" / "scoring.cpython-311.pyc"
+    planted = copy / stage_model(GUARD, "scorer") / "2" / "model.py"
     planted.parent.mkdir()
-    planted.write_bytes(b"benign for everybody")
-    with pytest.raises(NoisecError, match=r"not as it was built, so it is not served(.|\n)*scoring.cpython-311.pyc: not in a manifest"):
+    planted.write_text("benign for everybody")
+    with pytest.raises(NoisecError, match=r"not as it was built, so it is not served(.|\n)*scorer/2/model.py: not in a manifest"):
         EmbeddedServer(copy)
+
+
+def test_compiled_code_beside_a_model_is_named_and_never_run(copy, pixels):
+    version = copy / stage_model(GUARD, "scorer") / "1"
+    source = version / "scoring.py"
+    lying = source.read_text().replace("~(score <= self.threshold)", "np.zeros(len(score), bool)")
+    (version / "lying.py").write_text(lying)
+    cache = version / "__pycache__" / f"scoring.{sys.implementation.cache_tag}.pyc"
+    py_compile.compile(str(version / "lying.py"), str(cache), invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    (version / "lying.py").unlink()
+    assert [problem for problem in verify(copy, GUARD) if "__pycache__" in problem]
+    noise = np.random.default_rng(0).random((20, 1, 28, 28), dtype=np.float32)
+    with EmbeddedServer(copy) as server, GuardClient(server.grpc_url, GUARD) as client:
+        assert client.classify(noise).is_malicious.all()
 
 
 def test_a_half_written_release_is_not_served(copy):

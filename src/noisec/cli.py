@@ -109,6 +109,29 @@ def calibrate(
     console.print(f"release {release} is written; the server takes it when it loads the stages and then the ensemble again")
 
 
+@app.command(name="compile")
+def compile_command(
+    repository: Repository,
+    guard: GuardName,
+    optimum: Annotated[int, typer.Option(help="Batch size that the plans are tuned for.", min=1)] = 32,
+    level: Annotated[int, typer.Option(help="Builder optimisation level.", min=0, max=5)] = 3,
+    workspace: Annotated[int, typer.Option(help="Workspace limit in megabytes.", min=1)] = 1024,
+    any_ampere_or_newer: Annotated[bool, typer.Option("--any-ampere-or-newer", help="One plan for every GPU from Ampere on.")] = False,
+    version_compatible: Annotated[bool, typer.Option("--version-compatible", help="Plans that later TensorRT versions load.")] = False,
+) -> None:
+    """Compile a guard's ONNX stages to TensorRT plans on this machine's GPU, as a new release beside the old.
+
+    Run it in the container that will serve; then serve the new release and refit its scorer with `noisec calibrate --url`.
+
+    Example: `noisec compile model_repository --guard fashion_mnist --level 5`
+    """
+    from noisec.builders.compiling import compile_guard
+    from noisec.builders.engine import EngineOptions
+
+    release = compile_guard(repository, guard, EngineOptions(optimum, level, workspace, any_ampere_or_newer, version_compatible))
+    console.print(f"release {release} is written; serve it, then: noisec calibrate {repository} --guard {guard} --url HOST:PORT")
+
+
 @app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="An ONNX file, or package.module:callable that returns a torch module.")],

@@ -20,6 +20,8 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         directory = Path(args["model_repository"], args["model_version"])
         self.scorer = Scorer.load(directory / "scorer.npz")
+        if self.scorer.release != int(args["model_version"]):
+            raise pb_utils.TritonModelException(f"scorer.npz is of release {self.scorer.release}, its folder of {args['model_version']}")
         configured = {entry["name"] for entry in json.loads(args["model_config"])["input"]}
         if configured != set(self.scorer.inputs):
             raise pb_utils.TritonModelException(f"config.pbtxt feeds {sorted(configured)}; scorer.npz needs {sorted(self.scorer.inputs)}")

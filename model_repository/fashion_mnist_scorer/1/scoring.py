@@ -136,7 +136,9 @@ def conformal_p_values(calibration: Floats, scores: Floats) -> Floats:
         float32 [n]
     """
     at_least = len(calibration) - np.searchsorted(calibration, scores, side="left")
-    result: Floats = ((1 + at_least) / (1 + len(calibration))).astype(np.float32)
+    exact = (1 + at_least) / (1 + len(calibration))
+    rounded = exact.astype(np.float32)
+    result: Floats = np.where(rounded > exact, np.nextafter(rounded, np.float32(0)), rounded)  # p <= alpha must hold in any precision
     return result
 
 
@@ -225,7 +227,7 @@ class Scorer:
         """Read the artefact.
 
         Raises:
-            ValueError, OSError, KeyError: the file is no such artefact.
+            ValueError, OSError, KeyError: the file is no such artefact, or its values cannot be served.
         """
         with np.load(path, allow_pickle=False) as archive:
             arrays = dict(archive)
@@ -243,4 +245,29 @@ class Scorer:
             )
             for name in map(str, arrays["detectors"])
         )
-        return cls(int(arrays["release"]), float(arrays["alpha"]), edges, detectors, arrays["calibration"])
+        scorer = cls(int(arrays["release"]), float(arrays["alpha"]), edges, detectors, arrays["calibration"])
+        scorer.check()
+        return scorer
+
+    def check(self) -> None:
+        """Refuse values with which a verdict would mean nothing.
+
+        Raises:
+            ValueError: and which.
+        """
+        calibration = self.calibration
+        if not (np.isfinite(calibration).all() and (np.diff(calibration) >= 0).all()):
+            raise ValueError("calibration scores have to be finite and ascending")
+        if not 0 < self.alpha < 1:
+            raise ValueError(f"alpha is {self.alpha}; it has to lie between 0 and 1")
+        if not self.detectors:
+            raise ValueError("there is no detector")
+        if not (np.diff(self.edges) > 0).all():
+            raise ValueError(f"noise levels {self.edges} have to ascend")
+        for detector in self.detectors:
+            for mixture, scale in zip(detector.mixtures, detector.scales, strict=True):
+                if not all(np.isfinite(array).all() for array in (*vars(mixture).values(), *vars(scale).values())):
+                    raise ValueError(f"detector {detector.name} has values that are not finite")
+                if not ((np.diff(scale.scores) > 0).all() and (np.diff(scale.surprisals) > 0).all()):
+                    raise ValueError(f"the scale of detector {detector.name} does not ascend")
+        conformal_threshold(calibration, self.alpha)

@@ -1,0 +1,78 @@
+"""A release whose network stages are TensorRT plans, compiled on the machine that will run them. Needs neither torch nor training code."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as triton
+
+from noisec import contract, manifest
+from noisec.builders.engine import EngineOptions, build_plan, compute_capability, find_tensorrt
+from noisec.builders.progress import console
+from noisec.builders.repository import Widths, write_repository
+from noisec.builders.spec import GuardSpec
+from noisec.contract import stage_model
+from noisec.python_backend.scorer.scoring import Scorer
+
+
+def compile_guard(repository: Path, guard: str, options: EngineOptions) -> int:
+    """Compile the newest release's ONNX stages on this machine's GPU and publish them as the next release.
+
+    Returns:
+        the new release's number. Its scorer is still the old release's: serve it and run `noisec calibrate`.
+
+    Raises:
+        NoisecError: no GPU, no TensorRT, or a stage that it cannot compile; the repository is then as it was.
+    """
+    return compile_with(find_tensorrt(), compute_capability(), repository, guard, options)
+
+
+def compile_with(trt: Any, capability: str, repository: Path, guard: str, options: EngineOptions) -> int:
+    """The same with a given TensorRT package, for GPUs of one compute capability, such as ``9.0``."""
+    old = manifest.read_manifest(repository, guard)
+    spec = GuardSpec.model_validate(old["spec"])
+    new = spec.model_copy(update={"release": old["release"] + 1})
+    plan_name = f"model_sm{capability.replace('.', '')}.plan"
+    seconds: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        stages = {stage: Path(folder, stage) for stage in ("autoencoder", "classifier")}
+        for stage, target in stages.items():
+            source = repository / stage_model(guard, stage) / str(old["release"])
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+            start = time.monotonic()
+            plan = build_plan(trt, target / "model.onnx", spec.serving.max_batch_size, options, target / "model.timing")
+            seconds[stage] = time.monotonic() - start
+            (target / plan_name).write_bytes(plan)
+            console.print(f"  {stage}: {len(plan) / 1e6:.1f} MB in {seconds[stage]:.0f} s")
+        scorer = Scorer.load(repository / stage_model(guard, "scorer") / str(old["release"]) / "scorer.npz")
+        widths, names = read_widths(repository, guard)
+        write_repository(repository, new, widths, names, stages, dataclasses.replace(scorer, release=new.release), {capability: plan_name})
+    content = {key: value for key, value in old.items() if key not in ("guard", "release", "files", "spec")}
+    compiled = {
+        "tensorrt": trt.__version__,
+        "compute_capability": capability,
+        "seconds": seconds,
+        "scorer_fitted_on_release": old["release"],
+    }
+    content |= {"spec": json.loads(new.model_dump_json()), "compiled": compiled}
+    manifest.write_manifest(repository, guard, new.release, content)
+    return new.release
+
+
+def read_widths(repository: Path, guard: str) -> tuple[Widths, tuple[str, ...]]:
+    """Sizes and class names of a guard, from its configurations."""
+    ensemble, classifier = (
+        text_format.Parse((repository / model / manifest.CONFIG).read_text(), triton.ModelConfig())
+        for model in (guard, stage_model(guard, "classifier"))
+    )
+    sizes = {output.name: int(output.dims[0]) for output in classifier.output}
+    channels, height, width = (int(size) for size in ensemble.input[0].dims)
+    names = tuple(ensemble.parameters["class_names"].string_value.split("\n"))
+    return Widths((channels, height, width), sizes[contract.LOGITS], sizes[contract.PENULTIMATE]), names
