@@ -51,8 +51,6 @@ class _Server(TritonServer):  # type: ignore[misc]
         env: dict[str, str] = super()._get_env()
         # The stub links libpython3.X.so: the running Python's own must be found before the system's, of another patch level.
         env["LD_LIBRARY_PATH"] = f"{sysconfig.get_config_var('LIBDIR')}:{env['LD_LIBRARY_PATH']}"
-        # Stubs start an interpreter of their own: they must see this one's packages, a virtual environment's included.
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH", ""), *filter(None, sys.path)]))
         env["OMP_NUM_THREADS"] = env["OPENBLAS_NUM_THREADS"] = env["MKL_NUM_THREADS"] = "1"
         return env
 
@@ -100,7 +98,6 @@ class EmbeddedServer:
     ) -> None:
         if not repository.is_dir() or not guards(repository):
             raise NoisecError(f"{repository}: no guard in this folder; build one with 'noisec build GUARD.toml --repository {repository}'")
-        _remove_caches(repository)
         problems = verify_repository(repository) if check else []
         if problems:
             raise NoisecError("\n".join([f"{repository}: not as it was built, so it is not served; build the guard again", *problems[:20]]))
@@ -133,8 +130,7 @@ class EmbeddedServer:
         self._folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-"))
         try:
             _assemble_backends(self._folder / "backends")
-            # The Python backend starts its stubs through a shell, which takes a path with spaces apart.
-            (self._folder / "models").symlink_to(self.repository)
+            _link(self.repository, self._folder / "models")
             self._server = _Server(
                 path=get_root_module_path() / "tritonserver" / "bin" / "tritonserver",
                 libs_path=get_libs_path(),
@@ -148,6 +144,11 @@ class EmbeddedServer:
             raise
         return self
 
+    def refresh(self) -> None:
+        """Take up releases that were written since the start; with ``explicit`` model control, clients may then load them."""
+        assert self._folder is not None
+        _link(self.repository, self._folder / "models")
+
     def stop(self) -> None:
         """Let requests in flight finish, end the process and remove what it left in /dev/shm. May be called twice."""
         if self._server is not None:
@@ -155,7 +156,6 @@ class EmbeddedServer:
         for region in Path("/dev/shm").glob(f"{self._region}*"):
             with suppress(FileNotFoundError):
                 region.unlink()
-        _remove_caches(self.repository)
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -211,10 +211,23 @@ class EmbeddedServer:
         return "\n".join((wrong or lines)[-12:])
 
 
-def _remove_caches(repository: Path) -> None:
-    """Compiled Python beside the models' code: the server would run it in place of code that is checked against the manifest."""
-    for path in repository.glob("*/*/__pycache__"):
-        shutil.rmtree(path, ignore_errors=True)
+def _link(repository: Path, target: Path) -> None:
+    """A model repository made of links to another, as it is now.
+
+    The Python backend starts its processes through a shell, which takes a path with spaces apart, and its interpreter leaves compiled code
+    beside a model's code and would run what it finds there. So code is linked file by file into folders of the server's own, without any
+    compiled code, and the repository stays as it was built.
+    """
+    for link in [path for path in target.rglob("*") if path.is_symlink() and not path.exists()]:
+        link.unlink()
+    for model in sorted(path for path in repository.iterdir() if path.is_dir()):
+        for entry in sorted(model.iterdir()):
+            with_code = entry.is_dir() and any(entry.glob("*.py"))
+            for source in [path for path in entry.iterdir() if path.name != "__pycache__"] if with_code else [entry]:
+                link = target / source.relative_to(repository)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                if not link.is_symlink():
+                    link.symlink_to(source)
 
 
 def _remove_abandoned() -> None:

@@ -53,7 +53,7 @@ def good_traffic(server, pixels):
     """Good requests all along, from two other clients: each must be answered as it is without bad neighbours."""
     with GuardClient(server.grpc_url, GUARD) as alone:
         expected = alone.classify(pixels[:4])
-    stop, wrong, answered = threading.Event(), [], []
+    stop, flowing, wrong, answered = threading.Event(), threading.Event(), [], []
 
     def send():
         with GuardClient(server.grpc_url, GUARD) as client:
@@ -65,15 +65,20 @@ def good_traffic(server, pixels):
                 except NoisecError as error:
                     wrong.append(error)
                 answered.append(1)
+                flowing.set()
 
     threads = [threading.Thread(target=send) for _ in range(2)]
     for thread in threads:
         thread.start()
+    assert flowing.wait(10)
+    before = len(answered)
     yield
+    while len(answered) < before + 4:  # at least one whole request of each client has seen the bad one as its neighbour
+        flowing.clear()
+        assert flowing.wait(10)
     stop.set()
     for thread in threads:
         thread.join()
-    assert answered
     assert not wrong
 
 
@@ -100,8 +105,9 @@ def test_what_does_not_fit_is_refused(server, pixels, spoil, dtype, message):
 
 @pytest.mark.usefixtures("good_traffic")
 def test_an_empty_batch_is_refused(server, pixels):
-    with pytest.raises(triton_grpc.InferenceServerException, match="Expected 3136, got 0"):
-        raw_request(server.grpc_url, pixels[:0])
+    for _ in range(20):
+        with pytest.raises(triton_grpc.InferenceServerException, match="Expected 3136, got 0"):
+            raw_request(server.grpc_url, pixels[:0])
 
 
 UNSENDABLE = {

@@ -124,6 +124,7 @@ def test_recalibration_on_the_server_is_a_new_release_beside_the_old(guard, fold
     last = releases(copy, "mine")[-1]
     with EmbeddedServer(copy, model_control="explicit") as server:
         served = recalibrate(copy, "mine", folder / "work", server.grpc_url)
+        server.refresh()
         with triton_grpc.InferenceServerClient(server.grpc_url) as raw:
             for stage in STAGES:
                 raw.load_model(stage_model("mine", stage))

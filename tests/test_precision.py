@@ -17,18 +17,19 @@ from onnx import TensorProto
 from tritonclient.grpc import model_config_pb2
 
 from noisec import contract
-from noisec.builders.build import NETWORK_STAGES, PRECISIONS, classifier_feeds
 from noisec.builders.compiling import compile_with
 from noisec.builders.engine import EngineOptions, build_plan, gpus
 from noisec.builders.images import in_batches
 from noisec.builders.precision import LOWERED, lower
 from noisec.builders.sanity import precision_problems
+from noisec.builders.variants import NETWORK_STAGES, classifier_feeds
 from noisec.contract import stage_model
 from noisec.errors import NoisecError
 from noisec.manifest import read_manifest, releases, verify
 from noisec.python_backend.runtimes.onnxruntime.session import open_session
 from noisec.python_backend.server import EmbeddedServer
 
+PRECISIONS = ("fp32", "fp16", "int8")
 PAIRS = [(stage, precision) for stage in NETWORK_STAGES for precision in PRECISIONS]
 LOWER_PAIRS = [pair for pair in PAIRS if pair[1] != "fp32"]
 
@@ -149,7 +150,9 @@ WITHOUT_GPU = pytest.mark.skipif(gpus() > 0, reason="this machine has an NVIDIA 
 @WITHOUT_GPU
 def test_without_a_gpu_compile_says_so_in_one_sentence_and_changes_nothing(tmp_path):
     copy = Path(shutil.copytree(REPOSITORY, tmp_path / "repository"))
-    done = subprocess.run([sys.executable, "-m", "noisec", "compile", copy, "--guard", GUARD], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "noisec", "compile", copy, "--guard", GUARD, "--runtime", "tensorrt"], capture_output=True, text=True
+    )
     assert done.returncode == 1
     assert done.stderr == (
         "noisec: no NVIDIA GPU on this machine: TensorRT plans are compiled on the GPU that runs them; nothing was changed\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,11 +36,21 @@ EXTRAS = {
         "tomli",
         "packaging",
         "multiprocess",
+        "safetensors",
+        "scipy",
     ),
+    "precision": ("modelopt", "onnx_graphsurgeon", "onnxconverter_common", "onnxslim", "polygraphy", "lief", "cppimport"),
     "serve": ("pytriton", "psutil"),
 }
 """extra -> modules that only it installs"""
 console = Console()
+
+
+class Runtime(str, Enum):
+    """Runtimes that compile."""
+
+    TENSORRT = "tensorrt"
+
 
 Repository = Annotated[Path, typer.Argument(help="Model repository: a folder with one or more guards.")]
 Url = Annotated[str, typer.Option("--url", "-u", help="gRPC address of the server.")]
@@ -113,6 +124,7 @@ def calibrate(
 def compile_command(
     repository: Repository,
     guard: GuardName,
+    runtime: Annotated[Runtime, typer.Option(help="What the stages are compiled for.")] = Runtime.TENSORRT,
     optimum: Annotated[int, typer.Option(help="Batch size that the plans are tuned for.", min=1)] = 32,
     level: Annotated[int, typer.Option(help="Builder optimisation level.", min=0, max=5)] = 3,
     workspace: Annotated[int, typer.Option(help="Workspace limit in megabytes.", min=1)] = 1024,
@@ -128,6 +140,7 @@ def compile_command(
     from noisec.builders.compiling import compile_guard
     from noisec.builders.engine import EngineOptions
 
+    assert runtime is Runtime.TENSORRT
     release = compile_guard(repository, guard, EngineOptions(optimum, level, workspace, any_ampere_or_newer, version_compatible))
     console.print(f"release {release} is written; serve it, then: noisec calibrate {repository} --guard {guard} --url HOST:PORT")
 

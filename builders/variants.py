@@ -1,0 +1,173 @@
+"""The guard in one precision or several: lowered stages, a scorer fitted on what they answer, and figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from noisec import contract
+from noisec.builders import attacks, figures
+from noisec.builders.calibrate import fit_scorer
+from noisec.builders.figures import PrecisionTable
+from noisec.builders.images import Floats, Splits, in_batches, natural
+from noisec.builders.precision import lower
+from noisec.builders.protect import Protected, training_inputs
+from noisec.builders.repository import passes_needed
+from noisec.builders.spec import INT8_IMAGES, GuardSpec, Precision
+from noisec.builders.stages import StageRunner, ask_guard, in_process
+from noisec.builders.workbench import Workbench, seconds_of
+from noisec.python_backend.runtimes.onnxruntime.session import open_session
+from noisec.python_backend.scorer.scoring import Scorer
+
+Stage = Literal["autoencoder", "classifier"]
+NETWORK_STAGES: tuple[Stage, ...] = ("autoencoder", "classifier")
+
+
+def to_build(spec: GuardSpec) -> dict[str, dict[Stage, Precision]]:
+    """Name -> precision of each stage: fp32, what is to be compared with it, and what serves, last."""
+    chosen = {stage: spec.precision_of(stage) for stage in NETWORK_STAGES}
+    found: dict[str, dict[Stage, Precision]] = {name: dict.fromkeys(NETWORK_STAGES, name) for name in ("fp32", *spec.compare)}
+    found.pop(name_of(chosen), None)
+    return {**found, name_of(chosen): chosen}
+
+
+def name_of(precisions: dict[Stage, Precision]) -> str:
+    """The precision, or ``autoencoder+classifier`` where they differ."""
+    return "+".join(dict.fromkeys(precisions.values()))
+
+
+def make_variants(
+    spec: GuardSpec, exact: dict[Stage, Path], splits: Splits, attacked: Path | None, bench: Workbench
+) -> tuple[Variant, PrecisionTable]:
+    """The variant that serves, and what each one costs against fp32; the table is empty where nothing is measured.
+
+    Args:
+        exact: stage -> folder with its graph in fp32
+        attacked: folder of :func:`attack_report`; None measures nothing
+    """
+    variants = {name: make_variant(spec, exact, precisions, splits, attacked, bench) for name, precisions in to_build(spec).items()}
+    served = list(variants.values())[-1]
+    if attacked is None:
+        return served, {}
+    exact_one = variants["fp32"]
+    return served, {
+        name: {spec.runtime: one.summary(exact_one)} for name, one in sorted(variants.items(), key=lambda item: item[0] != "fp32")
+    }
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The guard in one precision."""
+
+    precisions: dict[Stage, Precision]
+    stages: dict[str, Path]
+    scorer: Scorer
+    figures: dict[str, Any]
+    labels: npt.NDArray[np.int64]
+    """of the clean report images"""
+    build_seconds: float
+
+    @property
+    def name(self) -> str:
+        return name_of(self.precisions)
+
+    def summary(self, exact: Variant) -> dict[str, float]:
+        """What this precision costs, against the guard in fp32."""
+        attacks = self.figures["attacks"].values()
+        size = sum(path.stat().st_size for folder in self.stages.values() for path in folder.glob("model.onnx*"))
+        return {
+            "label_agreement": float(np.mean(self.labels == exact.labels)),
+            "auroc": float(np.mean([attack["auroc"] for attack in attacks])),
+            "tpr_at_1pct": float(np.mean([attack["tpr_at_1pct"] for attack in attacks])),
+            "megabytes": size / 1e6,
+            "build_seconds": self.build_seconds,
+        }
+
+
+def make_variant(
+    spec: GuardSpec, exact: dict[Stage, Path], precisions: dict[Stage, Precision], splits: Splits, attacked: Path | None, bench: Workbench
+) -> Variant:
+    """Lower the stages, fit the scorer on what the lowered stages answer, and measure."""
+    folders = {stage: lowered(spec, exact, stage, precision, splits, bench) for stage, precision in precisions.items()}
+    stages: dict[str, Path] = {str(stage): folder for stage, folder in folders.items()}
+    fitted = bench.step("scorer", scorer_inputs(spec, splits, stages), lambda folder: fit(spec, stages, splits, folder))
+    scorer = Scorer.load(fitted / "scorer.npz")
+    seconds = sum(seconds_of(folder) for folder in folders.values())
+    if attacked is None:
+        return Variant(precisions, stages, scorer, {}, np.empty(0, np.int64), seconds)
+    inputs = {"scorer": fitted.name, "attacks": attacked.name}
+    reported = bench.step("report", inputs, lambda folder: measure(spec, stages, scorer, splits, attacked, folder))
+    measured = json.loads((reported / "figures.json").read_text())
+    return Variant(precisions, stages, scorer, measured, np.load(reported / "labels.npy"), seconds)
+
+
+def lowered(spec: GuardSpec, exact: dict[Stage, Path], stage: Stage, precision: Precision, splits: Splits, bench: Workbench) -> Path:
+    """Folder of one stage in one precision."""
+    if precision == "fp32":
+        return exact[stage]
+    inputs = {"from": exact[stage].name, "precision": precision, "calibration": spec.int8_calibration if precision == "int8" else None}
+
+    def make(folder: Path) -> None:
+        images = natural(splits.fit[:INT8_IMAGES], spec.natural_noise_sd, spec.seed)
+        feeds = images if stage == "autoencoder" else classifier_feeds(exact["autoencoder"], images, spec.noise_source)
+        lower(exact[stage], precision, feeds, spec.int8_calibration, folder)
+
+    return bench.step(f"{stage}-{precision}", inputs, make)
+
+
+def classifier_feeds(autoencoder: Path, images: Iterable[Floats], noise_source: str) -> Iterator[Floats]:
+    """What the classifier stage is fed: images, their reconstructions and their noise."""
+    session = open_session(autoencoder / "model.onnx")
+    for batch in images:
+        yield from (batch, *session.run([contract.RECONSTRUCTION, noise_source], {contract.IMAGE: batch}))
+
+
+def scorer_inputs(spec: GuardSpec, splits: Splits, stages: dict[str, Path]) -> dict[str, Any]:
+    fields = {"release", "target_fpr", "seed", "natural_noise_sd", "noise_levels", "data", "detectors"}
+    chosen = json.loads(spec.model_dump_json(include=fields))
+    return {**chosen, "files": splits.digest, **{stage: folder.name for stage, folder in stages.items()}}
+
+
+def fit(spec: GuardSpec, stages: dict[str, Path], splits: Splits, folder: Path) -> None:
+    fit_scorer(spec, StageRunner(in_process(stages), passes_needed(spec), spec.noise_source), splits).save(folder / "scorer.npz")
+
+
+def attack_report(spec: GuardSpec, protected: Protected, splits: Splits, bench: Workbench) -> Path:
+    """Folder with the attacked report images, ``<attack>.npz``: pixels, true labels and the attacker's target."""
+    inputs = {
+        **training_inputs(spec, splits),
+        "classifier": protected.stage.name,
+        "attacks": spec.attacks,
+        "backdoor": spec.classifier.backdoor,
+        "gradients": protected.network is not None,
+    }
+
+    def make(folder: Path) -> None:
+        for name, attacked in attacks.attack_all(spec, protected, splits.report):
+            attacked.save(folder / f"{name}.npz")
+        (folder / "names.json").write_text(json.dumps(attacks.names(spec, protected)))
+
+    return bench.step("attacks", inputs, make)
+
+
+def measure(spec: GuardSpec, stages: dict[str, Path], scorer: Scorer, splits: Splits, attacked: Path, folder: Path) -> None:
+    """Ask the stages about clean, noisy and attacked report images; write ``figures.json`` and the clean images' labels."""
+    run = StageRunner(in_process(stages), passes_needed(spec), spec.noise_source)
+
+    report = splits.report
+    clean = ask_guard(run, scorer, (batch.floats() for batch in report.batches()), len(report), "clean images")
+    noisy = ask_guard(run, scorer, natural(report, spec.natural_noise_sd, spec.seed + 2), len(report), "noisy images")
+    result = figures.clean_figures(clean, noisy, report.labels, spec.target_fpr)
+    result["attacks"] = {}
+    for name in json.loads((attacked / "names.json").read_text()):
+        sent = attacks.AttackedImages.load(attacked / f"{name}.npz")
+        answers = ask_guard(run, scorer, in_batches(sent.pixels), len(sent.pixels), name)
+        result["attacks"][name] = figures.attack_figures(clean, answers, sent.succeeded(answers.labels))
+    np.save(folder / "labels.npy", clean.labels)
+    (folder / "figures.json").write_text(json.dumps(result, indent=2))
