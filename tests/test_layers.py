@@ -14,7 +14,9 @@ FORBIDDEN = {
     "src/noisec/contract.py": ("noisec", "numpy", "torch"),
     "src/noisec/manifest.py": ("noisec.builders", "noisec.clients", "noisec.python_backend", "noisec.benchmarks", "numpy", "torch"),
     "clients": ("noisec.builders", "noisec.python_backend", "noisec.benchmarks", "torch", "onnx", "onnxruntime", "sklearn", "pydantic"),
-    "python_backend": ("noisec.builders", "noisec.clients", "noisec.benchmarks", "torch", "sklearn", "pydantic"),
+    "python_backend": ("noisec.builders", "noisec.clients", "noisec.benchmarks", "sklearn", "pydantic"),
+    "python_backend/scorer": ("noisec", "torch", "scipy"),
+    "python_backend/runtimes/onnxruntime": ("torch",),
     "builders": ("noisec.clients", "noisec.benchmarks"),
 }
 
