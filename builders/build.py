@@ -52,7 +52,7 @@ def build(spec: GuardSpec, repository: Path, work: Path, *, report: bool = True,
     Raises:
         NoisecError: data, classifier or specification is not as it must be.
     """
-    console.print(f"building [bold]{spec.name}[/] release {spec.release} into {repository}")
+    console.print(f"building {spec.name} release {spec.release} into {repository}")
     bench = Workbench(work)
     splits = datasets.load_splits(spec.data, spec.seed, cache=work / "images", strict=strict)
     protected = protect(spec, splits, bench)

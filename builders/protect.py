@@ -143,7 +143,7 @@ def _own(
             "give images labelled as the classifier labels them"
         )
     penultimate = choose_penultimate(anatomy, model, spec.penultimate, path.name)
-    console.print(f"  penultimate layer of {path.name}: {penultimate.tensor} [{penultimate.width}], {penultimate.why}", markup=False)
+    console.print(f"  penultimate layer of {path.name}: {penultimate.tensor} [{penultimate.width}], {penultimate.why}")
 
     def make(folder: Path) -> None:
         stage = make_stage(model, anatomy, penultimate, splits.shape, spec.preprocessing, path.name)

@@ -35,7 +35,7 @@ def refuse(problems: Sequence[str], *, force: bool) -> None:
     if problems and not force:
         raise NoisecError("\n".join([*problems, "The guard was not built; --force builds it all the same."]))
     for problem in problems:
-        console.print(f"  [yellow]forced past:[/] {problem}")
+        console.print(f"  forced past: {problem}", style="yellow")
 
 
 def data_problems(spec: GuardSpec, splits: Splits, protected: Protected) -> list[str]:

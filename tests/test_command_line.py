@@ -12,9 +12,9 @@ from conftest import GUARD, REPOSITORY
 from PIL import Image
 
 
-def noisec(*arguments, code=0):
+def noisec(*arguments, code=0, cwd=None):
     """Standard output of a command that is expected to end with ``code``; its errors where that is not 0."""
-    done = subprocess.run([sys.executable, "-m", "noisec", *map(str, arguments)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "noisec", *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr if code else done.stdout
@@ -29,7 +29,8 @@ def files(tmp_path, report):
 
 
 def test_classify_prints_a_table_and_writes_json(server, client, files, tmp_path, report):
-    out = noisec("classify", "--url", server.grpc_url, "--guard", GUARD, *files, "--json", tmp_path / "verdicts.json")
+    names = [path.name for path in files]
+    out = noisec("classify", "--url", server.grpc_url, "--guard", GUARD, *names, "--json", "verdicts.json", cwd=tmp_path)
     rows = json.loads((tmp_path / "verdicts.json").read_text())
     expected = client.classify(report.pixels[:2])
     assert [row["label"] for row in rows[:2]] == expected.labels.tolist()
@@ -38,6 +39,7 @@ def test_classify_prints_a_table_and_writes_json(server, client, files, tmp_path
     assert rows[2]["file"].endswith("two.npz[1]")
     assert client.interface.name_of(expected.labels[0]) in out
     assert "malicious" in out
+    assert "two.npz[1]" in out
 
 
 def test_classify_writes_only_json_to_standard_output(server, files):

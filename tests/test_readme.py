@@ -84,6 +84,7 @@ def test_the_inspect_command_inspects():
     for command in commands("noisec inspect"):
         out = subprocess.run([*NOISEC, *command[1:]], check=True, capture_output=True, text=True).stdout
         assert "multiply-adds" in out
+        assert "[batch, 3, 32, 32]" in out
 
 
 def test_the_guard_of_the_readme_is_valid(tmp_path):

@@ -43,7 +43,7 @@ class Faults:
         if strict and self:
             raise NoisecError("\n".join([*self.lines(), "data: strict allows no fault; mend or remove what is named"]))
         for line in self.lines():
-            console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+            console.print(line, style="yellow", soft_wrap=True)
 
 
 def _line(reason: str, names: list[str]) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import noisec
 from noisec.errors import NoisecError
@@ -43,7 +44,7 @@ EXTRAS = {
     "serve": ("pytriton", "psutil"),
 }
 """extra -> modules that only it installs"""
-console = Console()
+console = Console(markup=False, highlight=False)
 
 
 class Runtime(str, Enum):
@@ -248,11 +249,11 @@ def demo(
 
 
 def _show(title: str, heads: list[str], rows: list[list[str]]) -> None:
-    table = Table(title=title)
+    table = Table(title=Text(title))
     for index, head in enumerate(heads):
-        table.add_column(head, justify="left" if index == 0 else "right")
+        table.add_column(Text(head), justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # brackets in a cell are no markup
     console.print(table)
 
 
