@@ -10,13 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from google.protobuf import text_format
-from tritonclient.grpc import model_config_pb2 as triton
-
-from noisec import contract, manifest
+from noisec import manifest
 from noisec.builders.engine import EngineOptions, build_plan, compute_capability, find_tensorrt
 from noisec.builders.progress import console
-from noisec.builders.repository import Widths, write_repository
+from noisec.builders.repository import read_widths, write_repository
 from noisec.builders.spec import GuardSpec
 from noisec.contract import stage_model
 from noisec.python_backend.scorer.scoring import Scorer
@@ -64,15 +61,3 @@ def compile_with(trt: Any, capability: str, repository: Path, guard: str, option
     content |= {"spec": json.loads(new.model_dump_json()), "compiled": compiled}
     manifest.write_manifest(repository, guard, new.release, content)
     return new.release
-
-
-def read_widths(repository: Path, guard: str) -> tuple[Widths, tuple[str, ...]]:
-    """Sizes and class names of a guard, from its configurations."""
-    ensemble, classifier = (
-        text_format.Parse((repository / model / manifest.CONFIG).read_text(), triton.ModelConfig())
-        for model in (guard, stage_model(guard, "classifier"))
-    )
-    sizes = {output.name: int(output.dims[0]) for output in classifier.output}
-    channels, height, width = (int(size) for size in ensemble.input[0].dims)
-    names = tuple(ensemble.parameters["class_names"].string_value.split("\n"))
-    return Widths((channels, height, width), sizes[contract.LOGITS], sizes[contract.PENULTIMATE]), names

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from noisec import contract, manifest
+from noisec import manifest
 from noisec.builders import datasets, figures
 from noisec.builders.calibrate import fit_scorer
 from noisec.builders.images import natural
 from noisec.builders.progress import console
-from noisec.builders.repository import Widths, passes_needed, write_repository
+from noisec.builders.repository import passes_needed, read_plans, read_widths, write_repository
 from noisec.builders.spec import GuardSpec
-from noisec.builders.stages import StageRunner, ask_guard, in_process, served
+from noisec.builders.stages import Infer, StageRunner, ask_guard, in_process, served
 from noisec.contract import stage_model
+from noisec.errors import NoisecError
 
 
 def recalibrate(repository: Path, guard: str, work: Path, url: str | None) -> int:
@@ -29,21 +30,32 @@ def recalibrate(repository: Path, guard: str, work: Path, url: str | None) -> in
         the new release's number
 
     Raises:
-        NoisecError: the guard is not there, its data is not, or the server serves another release.
+        NoisecError: the guard is not there, its data is not, the server serves another release, or the release holds TensorRT plans,
+            which only a server can run, and there is no ``url``.
     """
+    release = manifest.releases(repository, guard)[-1]
+    if url is None and read_plans(repository, guard):
+        raise NoisecError(
+            f"{guard} release {release} holds TensorRT plans: serve it and give --url, so that the plans themselves are asked"
+        )
+    stages = {stage: repository / stage_model(guard, stage) / str(release) for stage in ("autoencoder", "classifier")}
+    return recalibrate_with(served(url, guard, release) if url else in_process(stages), repository, guard, work, url or "stages in process")
+
+
+def recalibrate_with(infer: Infer, repository: Path, guard: str, work: Path, asked: str) -> int:
+    """The same with given stages; ``asked`` says in the manifest which. Stages that are TensorRT plans stay TensorRT plans."""
     old = manifest.read_manifest(repository, guard)
     spec = GuardSpec.model_validate(old["spec"])
     new = spec.model_copy(update={"release": old["release"] + 1})
     splits = datasets.load_splits(spec.data, spec.seed, cache=work / "images")
     stages = {stage: repository / stage_model(guard, stage) / str(old["release"]) for stage in ("autoencoder", "classifier")}
-    run = StageRunner(served(url, guard, old["release"]) if url else in_process(stages), passes_needed(spec), spec.noise_source)
+    run = StageRunner(infer, passes_needed(spec), spec.noise_source)
     scorer = fit_scorer(new, run, splits)
     clean = ask_guard(run, scorer, (batch.floats() for batch in splits.report.batches()), len(splits.report), "clean images")
     noisy = ask_guard(run, scorer, natural(splits.report, spec.natural_noise_sd, spec.seed + 2), len(splits.report), "noisy images")
     measured = figures.clean_figures(clean, noisy, splits.report.labels, spec.target_fpr)
-    sample = run(iter([splits.report[:1].floats()]), 1)
-    widths = Widths(splits.shape, sample[contract.LOGITS].shape[1], sample[contract.PASSES["image"]].shape[1])
-    write_repository(repository, new, widths, splits.class_names, stages, scorer)
+    widths, names = read_widths(repository, guard)
+    write_repository(repository, new, widths, names, stages, scorer, read_plans(repository, guard))
     content = {key: old[key] for key in ("versions", "export_difference", "precisions")}
     manifest.write_manifest(
         repository,
@@ -54,7 +66,7 @@ def recalibrate(repository: Path, guard: str, work: Path, url: str | None) -> in
             "spec": json.loads(new.model_dump_json()),
             "threshold": float(scorer.threshold),
             "figures": measured,
-            "recalibrated": {"from": old["release"], "on": url or "stages in process", "attacks_measured_on_release": old["release"]},
+            "recalibrated": {"from": old["release"], "on": asked, "attacks_measured_on_release": old["release"]},
         },
     )
     shown = ", ".join(f"{key} {measured[key]:.4f}" for key in ("accuracy", "fpr", "fpr_natural_noise"))

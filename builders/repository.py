@@ -15,7 +15,7 @@ from tritonclient.grpc import model_config_pb2 as triton
 from noisec import contract
 from noisec.builders.spec import GuardSpec
 from noisec.contract import stage_model
-from noisec.manifest import manifest_path
+from noisec.manifest import CONFIG, manifest_path
 from noisec.python_backend.scorer import scoring
 
 SCORER_CODE = Path(scoring.__file__).parent
@@ -194,15 +194,34 @@ def served_versions(model: Path, config: triton.ModelConfig, release: int) -> tr
     """Which versions of a stage Triton keeps loaded: all of them while their tensors are the same, so that one release follows the other
     without a gap; else this one and those since the tensors changed."""
     everything = triton.ModelVersionPolicy(all={})
-    path = model / "config.pbtxt"
-    if not path.is_file():
+    others = [path for path in model.glob("[0-9]*") if path.name != str(release)]
+    if not others or not (model / CONFIG).is_file():
         return everything
-    old = text_format.Parse(path.read_text(), triton.ModelConfig())
+    old = read_config(model)
     if (list(old.input), list(old.output), old.backend) != (list(config.input), list(config.output), config.backend):
         return triton.ModelVersionPolicy(specific={"versions": [release]})
     if old.version_policy.WhichOneof("policy_choice") == "specific":
         return triton.ModelVersionPolicy(specific={"versions": sorted({*old.version_policy.specific.versions, release})})
     return everything
+
+
+def read_config(model: Path) -> triton.ModelConfig:
+    """A model's configuration."""
+    return text_format.Parse((model / CONFIG).read_text(), triton.ModelConfig())
+
+
+def read_widths(repository: Path, guard: str) -> tuple[Widths, tuple[str, ...]]:
+    """Sizes and class names of a guard, from its configurations."""
+    ensemble, classifier = read_config(repository / guard), read_config(repository / stage_model(guard, "classifier"))
+    sizes = {output.name: int(output.dims[0]) for output in classifier.output}
+    channels, height, width = (int(size) for size in ensemble.input[0].dims)
+    names = tuple(ensemble.parameters["class_names"].string_value.split("\n"))
+    return Widths((channels, height, width), sizes[contract.LOGITS], sizes[contract.PENULTIMATE]), names
+
+
+def read_plans(repository: Path, guard: str) -> dict[str, str]:
+    """Compute capability -> TensorRT plan of the guard's newest release; empty where it serves ONNX."""
+    return dict(read_config(repository / stage_model(guard, "classifier")).cc_model_filenames)
 
 
 def _fresh_version(model: Path, release: int) -> Path:
@@ -216,4 +235,4 @@ def _fresh_version(model: Path, release: int) -> Path:
 
 
 def _write_config(model: Path, config: triton.ModelConfig) -> None:
-    (model / "config.pbtxt").write_text(text_format.MessageToString(config))
+    (model / CONFIG).write_text(text_format.MessageToString(config))

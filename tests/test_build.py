@@ -9,17 +9,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorrt_rtx_bindings as rtx
 import torch
 import tritonclient.grpc as triton_grpc
 
 from noisec import contract
 from noisec.builders import build as building
 from noisec.builders import datasets, protect, sanity, train
+from noisec.builders.compiling import compile_with
+from noisec.builders.engine import EngineOptions
 from noisec.builders.export import AutoencoderStage, export_difference, export_stage
 from noisec.builders.networks import CLASSIFIERS, DENOISERS
-from noisec.builders.recalibrate import recalibrate
+from noisec.builders.recalibrate import recalibrate, recalibrate_with
+from noisec.builders.repository import read_config, read_plans
 from noisec.builders.sources import fashion_mnist
 from noisec.builders.spec import DetectorSpec, read_spec
+from noisec.builders.stages import in_process
 from noisec.clients import GuardClient
 from noisec.contract import STAGES, stage_model
 from noisec.errors import NoisecError
@@ -139,6 +144,19 @@ def test_recalibration_on_the_server_is_a_new_release_beside_the_old(guard, fold
     figures = read_manifest(copy, "mine", served)["figures"]
     assert verdicts.is_malicious.mean() == pytest.approx(figures["fpr"])
     assert (copy / "mine_scorer" / str(last) / "scorer.npz").is_file()
+
+
+def test_a_compiled_release_stays_compiled_when_it_is_recalibrated(guard, folder, tmp_path):
+    copy = Path(shutil.copytree(guard.repository, tmp_path / "repository"))
+    release = compile_with(rtx, "9.0", copy, "mine", EngineOptions(optimum=8))
+    with pytest.raises(NoisecError, match=f"mine release {release} holds TensorRT plans: serve it and give --url"):
+        recalibrate(copy, "mine", folder / "work", None)
+    stages = {stage: copy / stage_model("mine", stage) / str(release) for stage in ("autoencoder", "classifier")}
+    assert recalibrate_with(in_process(stages), copy, "mine", folder / "work", "the same graphs") == release + 1
+    assert read_plans(copy, "mine") == {"9.0": "model_sm90.plan"}
+    assert read_config(copy / "mine_classifier").backend == "tensorrt"
+    assert (copy / "mine_classifier" / str(release + 1) / "model_sm90.plan").is_file()
+    assert verify(copy, "mine") == []
 
 
 def test_a_release_with_other_tensors_takes_over_from_the_older_ones(guard, folder, tmp_path):
