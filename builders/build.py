@@ -12,6 +12,7 @@ import noisec
 from noisec import contract, manifest
 from noisec.builders import datasets, sanity
 from noisec.builders.card import write_card
+from noisec.builders.engine import compute_capability, find_tensorrt
 from noisec.builders.export import AutoencoderStage, export_difference, export_stage, noise_offset
 from noisec.builders.images import Splits
 from noisec.builders.networks import DENOISERS
@@ -22,6 +23,7 @@ from noisec.builders.spec import GuardSpec
 from noisec.builders.train import load_network, train_autoencoder
 from noisec.builders.variants import Stage, attack_report, make_variants
 from noisec.builders.workbench import Workbench
+from noisec.python_backend.runtimes.tensorrt.names import plan_name
 
 COMPARED = 256
 """images on which an exported stage is compared with its network"""
@@ -52,6 +54,7 @@ def build(spec: GuardSpec, repository: Path, work: Path, *, report: bool = True,
     Raises:
         NoisecError: data, classifier or specification is not as it must be.
     """
+    plans = {compute_capability(): plan_name(compute_capability())} if spec.runtime == "tensorrt" and find_tensorrt() else {}
     console.print(f"building {spec.name} release {spec.release} into {repository}")
     bench = Workbench(work)
     splits = datasets.load_splits(spec.data, spec.seed, cache=work / "images", strict=strict)
@@ -67,14 +70,16 @@ def build(spec: GuardSpec, repository: Path, work: Path, *, report: bool = True,
     sanity.refuse(sanity.precision_problems(served.name, table, spec.runtime), force=force)
     measured = {**served.figures, "label_agreement": agreement} if report else {}
     widths = Widths(splits.shape, protected.classes, protected.features)
-    write_repository(repository, spec, widths, splits.class_names, served.stages, served.scorer)
+    write_repository(repository, spec, widths, splits.class_names, served.stages, served.scorer, plans)
     if report:
-        write_card(repository, spec, protected, measured, table)
+        write_card(repository, spec, protected.description, widths, measured, table)
     content = {
         "versions": versions(),
         "spec": json.loads(spec.model_dump_json()),
         "export_difference": json.loads((autoencoder / "difference.json").read_text()),
         "threshold": float(served.scorer.threshold),
+        "classifier": protected.description,
+        "attacked": attacked.name if attacked else None,
         "figures": measured,
         "precisions": table,
     }

@@ -7,7 +7,7 @@ from typing import Any
 
 from noisec.builders.attacks import SQUARE_QUERIES
 from noisec.builders.figures import PrecisionTable, figure_rows, markdown_table, percent, precision_rows
-from noisec.builders.protect import Protected
+from noisec.builders.repository import Widths
 from noisec.builders.spec import GuardSpec
 
 CARD = """# {name}, release {release}
@@ -27,8 +27,9 @@ share of attacks that succeeded and were not flagged.
 ## Precisions
 {precisions}
 
-Against fp32 in the same runtime; AUROC and TPR at 1 % FPR are means over the attacks above, each precision with mixtures fitted on its own
-stages' answers. Build seconds are those of lowering the two graphs.
+Against fp32 in the same runtime, and in the runtime `tensorrt` of a recalibrated release against its own graphs in ONNX Runtime; AUROC and
+TPR at 1 % FPR are means over the attacks above, each with mixtures fitted on its own stages' answers. Build seconds are those of lowering
+or compiling the two stages.
 
 ## Limits
 An attacker who holds the guard's own weights is not among these attacks, and is not stopped.
@@ -43,14 +44,16 @@ An attacker who holds the guard's own weights is not among these attacks, and is
 """
 
 
-def write_card(repository: Path, spec: GuardSpec, protected: Protected, measured: dict[str, Any], precisions: PrecisionTable) -> None:
+def write_card(
+    repository: Path, spec: GuardSpec, classifier: str, widths: Widths, measured: dict[str, Any], precisions: PrecisionTable
+) -> None:
     """Write ``<repository>/<guard>/README.md``."""
     text = CARD.format(
         name=spec.name,
         release=spec.release,
-        classifier=protected.description,
+        classifier=classifier,
         source=spec.data.source,
-        classes=f"{protected.classes} classes",
+        classes=f"{widths.classes} classes",
         n=measured["n_clean"],
         queries=SQUARE_QUERIES,
         alpha=percent(spec.target_fpr),

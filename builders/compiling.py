@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from noisec import manifest
-from noisec.builders.engine import EngineOptions, build_plan, compute_capability, find_tensorrt
+from noisec.builders.engine import build_plan, compute_capability, find_tensorrt
 from noisec.builders.progress import console
 from noisec.builders.repository import read_widths, write_repository
-from noisec.builders.spec import GuardSpec
+from noisec.builders.spec import EngineOptions, GuardSpec
+from noisec.builders.workbench import DONE
 from noisec.contract import stage_model
+from noisec.python_backend.runtimes.tensorrt.names import plan_name
 from noisec.python_backend.scorer.scoring import Scorer
 
 
@@ -35,23 +37,21 @@ def compile_with(trt: Any, capability: str, repository: Path, guard: str, option
     """The same with a given TensorRT package, for GPUs of one compute capability, such as ``9.0``."""
     old = manifest.read_manifest(repository, guard)
     spec = GuardSpec.model_validate(old["spec"])
-    new = spec.model_copy(update={"release": old["release"] + 1})
-    plan_name = f"model_sm{capability.replace('.', '')}.plan"
+    new = spec.model_copy(update={"release": old["release"] + 1, "runtime": "tensorrt", "tensorrt": options})
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         stages = {stage: Path(folder, stage) for stage in ("autoencoder", "classifier")}
         for stage, target in stages.items():
-            source = repository / stage_model(guard, stage) / str(old["release"])
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
             start = time.monotonic()
-            plan = build_plan(trt, target / "model.onnx", spec.serving.max_batch_size, options, target / "model.timing")
+            compile_stage(trt, capability, repository / stage_model(guard, stage) / str(old["release"]), new, target)
             seconds[stage] = time.monotonic() - start
-            (target / plan_name).write_bytes(plan)
-            console.print(f"  {stage}: {len(plan) / 1e6:.1f} MB in {seconds[stage]:.0f} s")
+            console.print(f"  {stage}: compiled in {seconds[stage]:.0f} s")
         scorer = Scorer.load(repository / stage_model(guard, "scorer") / str(old["release"]) / "scorer.npz")
         widths, names = read_widths(repository, guard)
-        write_repository(repository, new, widths, names, stages, dataclasses.replace(scorer, release=new.release), {capability: plan_name})
-    content = {key: value for key, value in old.items() if key not in ("guard", "release", "files", "spec")}
+        write_repository(
+            repository, new, widths, names, stages, dataclasses.replace(scorer, release=new.release), {capability: plan_name(capability)}
+        )
+    content = {key: value for key, value in old.items() if key not in ("guard", "release", "files", "spec", "figures", "threshold")}
     compiled = {
         "tensorrt": trt.__version__,
         "compute_capability": capability,
@@ -61,3 +61,10 @@ def compile_with(trt: Any, capability: str, repository: Path, guard: str, option
     content |= {"spec": json.loads(new.model_dump_json()), "compiled": compiled}
     manifest.write_manifest(repository, guard, new.release, content)
     return new.release
+
+
+def compile_stage(trt: Any, capability: str, source: Path, spec: GuardSpec, target: Path) -> None:
+    """Copy a stage's folder and put its plan and timing cache beside the graph."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.plan", DONE), dirs_exist_ok=True)
+    plan = build_plan(trt, target / "model.onnx", spec.serving.max_batch_size, spec.tensorrt, target / "model.timing")
+    (target / plan_name(capability)).write_bytes(plan)

@@ -7,28 +7,16 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from noisec import contract
+from noisec.builders.spec import EngineOptions
 from noisec.errors import NoisecError
 
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How a plan is built."""
-
-    optimum: int = 32
-    """batch size that the plan is tuned for; it takes every one from 1 to the guard's largest"""
-    level: int = 3
-    """builder optimisation level, 0 to 5: higher builds longer for a faster plan"""
-    workspace_megabytes: int = 1024
-    any_ampere_or_newer: bool = False
-    """one plan for every GPU from Ampere on, at some cost in speed"""
-    version_compatible: bool = False
-    """a plan that later TensorRT versions of the same major release load"""
+if TYPE_CHECKING:
+    import tensorrt
 
 
 def find_tensorrt() -> ModuleType:
@@ -105,7 +93,7 @@ def _network_flags(trt: Any) -> int:
     return flags
 
 
-def _configure(trt: Any, config: Any, options: EngineOptions) -> None:
+def _configure(trt: Any, config: tensorrt.IBuilderConfig, options: EngineOptions) -> None:
     config.builder_optimization_level = options.level
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_megabytes << 20)
     if options.any_ampere_or_newer:
@@ -114,7 +102,9 @@ def _configure(trt: Any, config: Any, options: EngineOptions) -> None:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
 
 
-def _profile(builder: Any, network: Any, largest: int, options: EngineOptions) -> Any:
+def _profile(
+    builder: tensorrt.Builder, network: tensorrt.INetworkDefinition, largest: int, options: EngineOptions
+) -> tensorrt.IOptimizationProfile:
     profile = builder.create_optimization_profile()
     shape = tuple(network.get_input(0).shape)[1:]
     optimum = min(options.optimum, largest)
@@ -122,7 +112,7 @@ def _profile(builder: Any, network: Any, largest: int, options: EngineOptions) -
     return profile
 
 
-def _timing_cache(config: Any, path: Path | None) -> Any:
+def _timing_cache(config: tensorrt.IBuilderConfig, path: Path | None) -> tensorrt.ITimingCache | None:
     if path is None or not hasattr(config, "create_timing_cache"):
         return None
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
@@ -131,7 +121,7 @@ def _timing_cache(config: Any, path: Path | None) -> Any:
     return cache
 
 
-def _errors(parser: Any) -> Iterator[str]:
+def _errors(parser: tensorrt.OnnxParser) -> Iterator[str]:
     return (str(parser.get_error(index)) for index in range(parser.num_errors))
 
 

@@ -4,71 +4,105 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from noisec import manifest
-from noisec.builders import datasets, figures
+from noisec.builders import datasets, sanity
 from noisec.builders.calibrate import fit_scorer
-from noisec.builders.images import natural
+from noisec.builders.card import write_card
+from noisec.builders.engine import gpus
+from noisec.builders.figures import PrecisionTable
+from noisec.builders.images import Splits
 from noisec.builders.progress import console
 from noisec.builders.repository import passes_needed, read_plans, read_widths, write_repository
 from noisec.builders.spec import GuardSpec
-from noisec.builders.stages import Infer, StageRunner, ask_guard, in_process, served
-from noisec.contract import stage_model
+from noisec.builders.stages import Infer, StageRunner, in_process, served
+from noisec.builders.variants import measured, megabytes, name_of, open_stages, summary
+from noisec.contract import LOGITS, stage_model
 from noisec.errors import NoisecError
 
 
-def recalibrate(repository: Path, guard: str, work: Path, url: str | None) -> int:
+def recalibrate(repository: Path, guard: str, work: Path, url: str | None, *, force: bool = False) -> int:
     """Run the fit, calibration and report images through the guard's network stages, refit the scorer, and write the next release.
 
     The stages are copied as they are. Earlier releases stay; the ensemble answers with the new one when the server loads it.
 
     Args:
-        work: folder for decoded images
-        url: gRPC address of a server that serves the repository's latest release; None runs its ONNX stages in this process
+        work: the guard's folder of `noisec build`: decoded images, and the attacked images that the new figures are measured on; where
+            these are not there, the release has no attack figures
+        url: gRPC address of a server that serves the repository's latest release; None runs its stages in this process, TensorRT plans on
+            this machine's GPU
+        force: write the release in spite of what it loses against fp32
 
     Returns:
         the new release's number
 
     Raises:
         NoisecError: the guard is not there, its data is not, the server serves another release, or the release holds TensorRT plans,
-            which only a server can run, and there is no ``url``.
+            there is no ``url`` and this machine cannot run them.
     """
     release = manifest.releases(repository, guard)[-1]
-    if url is None and read_plans(repository, guard):
+    spec = GuardSpec.model_validate(manifest.read_manifest(repository, guard, release)["spec"])
+    if url is None and spec.runtime == "tensorrt" and not gpus():
         raise NoisecError(
-            f"{guard} release {release} holds TensorRT plans: serve it and give --url, so that the plans themselves are asked"
+            f"{guard} release {release} holds TensorRT plans and this machine has no NVIDIA GPU: serve it and give --url, "
+            "so that the plans themselves are asked"
         )
-    stages = {stage: repository / stage_model(guard, stage) / str(release) for stage in ("autoencoder", "classifier")}
-    return recalibrate_with(served(url, guard, release) if url else in_process(stages), repository, guard, work, url or "stages in process")
+    infer = served(url, guard, release) if url else open_stages(spec, stage_folders(repository, guard, release))
+    return recalibrate_with(infer, repository, guard, work, url or "stages in process", force=force)
 
 
-def recalibrate_with(infer: Infer, repository: Path, guard: str, work: Path, asked: str) -> int:
+def recalibrate_with(infer: Infer, repository: Path, guard: str, work: Path, asked: str, *, force: bool = False) -> int:
     """The same with given stages; ``asked`` says in the manifest which. Stages that are TensorRT plans stay TensorRT plans."""
     old = manifest.read_manifest(repository, guard)
     spec = GuardSpec.model_validate(old["spec"])
     new = spec.model_copy(update={"release": old["release"] + 1})
     splits = datasets.load_splits(spec.data, spec.seed, cache=work / "images")
-    stages = {stage: repository / stage_model(guard, stage) / str(old["release"]) for stage in ("autoencoder", "classifier")}
+    stages = stage_folders(repository, guard, old["release"])
     run = StageRunner(infer, passes_needed(spec), spec.noise_source)
     scorer = fit_scorer(new, run, splits)
-    clean = ask_guard(run, scorer, (batch.floats() for batch in splits.report.batches()), len(splits.report), "clean images")
-    noisy = ask_guard(run, scorer, natural(splits.report, spec.natural_noise_sd, spec.seed + 2), len(splits.report), "noisy images")
-    measured = figures.clean_figures(clean, noisy, splits.report.labels, spec.target_fpr)
+    attacked = work / str(old["attacked"])
+    figures, labels = measured(new, run, scorer, splits, attacked if attacked.is_dir() else None)
+    table: PrecisionTable = old["precisions"]
+    if figures["attacks"]:
+        precision = name_of({stage: spec.precision_of(stage) for stage in ("autoencoder", "classifier")})
+        seconds = sum(old["compiled"]["seconds"].values()) if "compiled" in old else 0.0
+        row = summary(figures, agreement_with_graph(stages, splits, labels), megabytes(stages.values()), seconds)
+        table = {**table, precision: {**table.get(precision, {}), spec.runtime: row}}
+        sanity.refuse(sanity.precision_problems(precision, table, spec.runtime), force=force)
     widths, names = read_widths(repository, guard)
     write_repository(repository, new, widths, names, stages, scorer, read_plans(repository, guard))
-    content = {key: old[key] for key in ("versions", "export_difference", "precisions")}
-    manifest.write_manifest(
-        repository,
-        guard,
-        new.release,
-        {
-            **content,
-            "spec": json.loads(new.model_dump_json()),
-            "threshold": float(scorer.threshold),
-            "figures": measured,
-            "recalibrated": {"from": old["release"], "on": asked, "attacks_measured_on_release": old["release"]},
-        },
-    )
-    shown = ", ".join(f"{key} {measured[key]:.4f}" for key in ("accuracy", "fpr", "fpr_natural_noise"))
+    write_card(repository, new, old["classifier"], widths, figures, table)
+    kept: dict[str, Any] = {key: old[key] for key in ("versions", "export_difference", "classifier", "attacked", "compiled") if key in old}
+    content: dict[str, Any] = {
+        **kept,
+        "spec": json.loads(new.model_dump_json()),
+        "threshold": float(scorer.threshold),
+        "figures": figures,
+        "precisions": table,
+        "recalibrated": {"from": old["release"], "on": asked},
+    }
+    manifest.write_manifest(repository, guard, new.release, content)
+    shown = ", ".join(f"{key} {figures[key]:.4f}" for key in ("accuracy", "fpr", "fpr_natural_noise"))
     console.print(f"{guard}: release {new.release} from release {old['release']}; {shown}")
+    if not figures["attacks"]:
+        console.print(f"  no attacked images in {work}: the card has no attack figures; --work names the folder of `noisec build`")
     return new.release
+
+
+def stage_folders(repository: Path, guard: str, release: int) -> dict[str, Path]:
+    """Network stage -> its folder in one release."""
+    return {stage: repository / stage_model(guard, stage) / str(release) for stage in ("autoencoder", "classifier")}
+
+
+def agreement_with_graph(stages: dict[str, Path], splits: Splits, labels: Any) -> float:
+    """Share of the report images that the serving stages label as the release's own graph does in ONNX Runtime.
+
+    Args:
+        labels: int64 [n], what the serving stages said
+    """
+    ask = in_process(stages)
+    own = [ask("classifier", batch.floats(), [LOGITS])[LOGITS].argmax(axis=1) for batch in splits.report.batches()]
+    return float(np.mean(np.concatenate(own) == labels))

@@ -16,6 +16,7 @@ from noisec import contract
 from noisec.builders.spec import GuardSpec
 from noisec.contract import stage_model
 from noisec.manifest import CONFIG, manifest_path
+from noisec.python_backend.runtimes.tensorrt.names import graph_sizes
 from noisec.python_backend.scorer import scoring
 
 SCORER_CODE = Path(scoring.__file__).parent
@@ -66,7 +67,7 @@ def network_config(spec: GuardSpec, stage: str, widths: Widths, plans: Mapping[s
     }
     config = triton.ModelConfig(
         name=stage_model(spec.name, stage),
-        backend=spec.runtime,
+        backend="onnxruntime",
         default_model_filename="model.onnx",
         max_batch_size=spec.serving.max_batch_size,
         input=[_tensor(contract.IMAGE, widths.shape)],
@@ -82,8 +83,7 @@ def network_config(spec: GuardSpec, stage: str, widths: Widths, plans: Mapping[s
 def _for_tensorrt(spec: GuardSpec, widths: Widths, plans: Mapping[str, str]) -> triton.ModelConfig:
     """What a TensorRT stage has besides: its plans, a CUDA graph for every power of two up to the largest batch, pinned memory, warm-up."""
     largest = spec.serving.max_batch_size
-    sizes = sorted({*(1 << power for power in range(largest.bit_length())), largest})
-    graphs = [{"batch_size": size, "input": {contract.IMAGE: {"dim": widths.shape}}} for size in sizes]
+    graphs = [{"batch_size": size, "input": {contract.IMAGE: {"dim": widths.shape}}} for size in graph_sizes(largest)]
     zeros = {contract.IMAGE: {"data_type": triton.TYPE_FP32, "dims": widths.shape, "zero_data": True}}
     return triton.ModelConfig(
         backend="tensorrt",
@@ -94,6 +94,7 @@ def _for_tensorrt(spec: GuardSpec, widths: Widths, plans: Mapping[str, str]) -> 
             "input_pinned_memory": {"enable": True},
             "output_pinned_memory": {"enable": True},
         },
+        parameters={"FORCE_CPU_ONLY_INPUT_TENSORS": {"string_value": "no"}},  # read by the stand-in backend, ignored by the native one
         model_warmup=[{"name": f"batch of {size}", "batch_size": size, "inputs": zeros} for size in (1, largest)],
     )
 

@@ -94,9 +94,9 @@ def scorer_problems(scorer: Scorer) -> list[str]:
 
 def precision_problems(name: str, table: PrecisionTable, runtime: str) -> list[str]:
     """A precision that loses too much against fp32."""
-    if not table or name == "fp32":
+    if not table or (name == "fp32" and runtime == "onnxruntime"):
         return []
-    own, exact = table[name][runtime], table["fp32"][runtime]
+    own, exact = table[name][runtime], table["fp32"].get(runtime if name != "fp32" else "onnxruntime", table["fp32"]["onnxruntime"])
     lost = exact["auroc"] - own["auroc"]
     problems = []
     if lost > MAX_AUROC_LOSS:

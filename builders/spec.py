@@ -169,6 +169,20 @@ class DetectorSpec(Section):
         return f"{self.view}-{self.components}"
 
 
+class EngineOptions(Section):
+    """How TensorRT plans are built."""
+
+    optimum: Positive = 32
+    """batch size that a plan is tuned for; it takes every one from 1 to the guard's largest"""
+    level: Annotated[int, Field(ge=0, le=5)] = 3
+    """builder optimisation level: higher builds longer for a faster plan"""
+    workspace_megabytes: Positive = 1024
+    any_ampere_or_newer: bool = False
+    """one plan for every GPU from Ampere on, at some cost in speed"""
+    version_compatible: bool = False
+    """a plan that later TensorRT versions of the same major release load"""
+
+
 class ServingSpec(Section):
     max_batch_size: Positive = 64
     queue_delay_microseconds: Annotated[int, Field(ge=0)] = 0
@@ -183,7 +197,8 @@ class GuardSpec(Section):
     target_fpr: Share = 0.01
     """alpha: the share of clean inputs that may be called malicious"""
     seed: Annotated[int, Field(ge=0)] = 0
-    runtime: Literal["onnxruntime"] = "onnxruntime"
+    runtime: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
+    """``tensorrt`` compiles the network stages on the GPU of the machine that builds"""
     precision: Precision = "fp32"
     """written into the network stages' graphs"""
     stage_precision: dict[Literal["autoencoder", "classifier"], Precision] = {}
@@ -203,6 +218,7 @@ class GuardSpec(Section):
     attacks: tuple[Annotated[str, Field(pattern=r"^(fgsm|pgd|square)-(0?\.\d*[1-9]\d*|1)$")], ...] = ()
     """what the card reports, as method-epsilon: ``fgsm`` and ``pgd`` use the classifier's gradients, ``square`` only its answers; where
     left out, FGSM and PGD, and Square for an ONNX classifier, which has no gradients"""
+    tensorrt: EngineOptions = EngineOptions()
     serving: ServingSpec = ServingSpec()
 
     @model_validator(mode="after")

@@ -15,6 +15,7 @@ from noisec.builders.progress import tracked
 from noisec.contract import stage_model
 from noisec.errors import NoisecError
 from noisec.python_backend.runtimes.onnxruntime.session import open_session
+from noisec.python_backend.runtimes.tensorrt.names import graph_sizes, plan_name
 from noisec.python_backend.scorer.scoring import Scorer
 
 Tensors = dict[str, Floats]
@@ -77,6 +78,31 @@ def in_process(stages: Mapping[str, Path], threads: int = 0) -> Infer:
 
     def infer(stage: str, images: Floats, outputs: Sequence[str]) -> Tensors:
         return dict(zip(outputs, sessions[stage].run(list(outputs), {contract.IMAGE: images}), strict=True))
+
+    return infer
+
+
+def on_gpu(stages: Mapping[str, Path], largest: int) -> Infer:
+    """Stages run as TensorRT plans on this machine's first GPU.
+
+    Args:
+        stages: ``autoencoder`` and ``classifier`` -> folder with the stage's plan for this GPU
+        largest: rows of the largest batch
+    """
+    import torch
+
+    from noisec.builders.engine import compute_capability, find_tensorrt
+    from noisec.python_backend.runtimes.tensorrt.plan import Plan
+
+    trt, name, device = find_tensorrt(), plan_name(compute_capability()), torch.device("cuda", 0)
+    plans = {stage: Plan(trt, folder / name, device, largest, graph_sizes(largest)) for stage, folder in stages.items()}
+
+    def infer(stage: str, images: Floats, outputs: Sequence[str]) -> Tensors:
+        parts = []
+        for start in range(0, len(images), largest):
+            made = plans[stage](torch.from_numpy(images[start : start + largest]))
+            parts.append({name: made[name].cpu().numpy() for name in outputs})
+        return joined(parts)
 
     return infer
 

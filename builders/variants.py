@@ -14,13 +14,15 @@ import numpy.typing as npt
 from noisec import contract
 from noisec.builders import attacks, figures
 from noisec.builders.calibrate import fit_scorer
+from noisec.builders.compiling import compile_stage
+from noisec.builders.engine import compute_capability, find_tensorrt
 from noisec.builders.figures import PrecisionTable
 from noisec.builders.images import Floats, Splits, in_batches, natural
 from noisec.builders.precision import lower
 from noisec.builders.protect import Protected, training_inputs
 from noisec.builders.repository import passes_needed
 from noisec.builders.spec import INT8_IMAGES, GuardSpec, Precision
-from noisec.builders.stages import StageRunner, ask_guard, in_process
+from noisec.builders.stages import Infer, StageRunner, ask_guard, in_process, on_gpu
 from noisec.builders.workbench import Workbench, seconds_of
 from noisec.python_backend.runtimes.onnxruntime.session import open_session
 from noisec.python_backend.scorer.scoring import Scorer
@@ -79,15 +81,7 @@ class Variant:
 
     def summary(self, exact: Variant) -> dict[str, float]:
         """What this precision costs, against the guard in fp32."""
-        attacks = self.figures["attacks"].values()
-        size = sum(path.stat().st_size for folder in self.stages.values() for path in folder.glob("model.onnx*"))
-        return {
-            "label_agreement": float(np.mean(self.labels == exact.labels)),
-            "auroc": float(np.mean([attack["auroc"] for attack in attacks])),
-            "tpr_at_1pct": float(np.mean([attack["tpr_at_1pct"] for attack in attacks])),
-            "megabytes": size / 1e6,
-            "build_seconds": self.build_seconds,
-        }
+        return summary(self.figures, float(np.mean(self.labels == exact.labels)), megabytes(self.stages.values()), self.build_seconds)
 
 
 def make_variant(
@@ -95,6 +89,8 @@ def make_variant(
 ) -> Variant:
     """Lower the stages, fit the scorer on what the lowered stages answer, and measure."""
     folders = {stage: lowered(spec, exact, stage, precision, splits, bench) for stage, precision in precisions.items()}
+    if spec.runtime == "tensorrt":
+        folders = {stage: compiled(spec, folder, bench) for stage, folder in folders.items()}
     stages: dict[str, Path] = {str(stage): folder for stage, folder in folders.items()}
     fitted = bench.step("scorer", scorer_inputs(spec, splits, stages), lambda folder: fit(spec, stages, splits, folder))
     scorer = Scorer.load(fitted / "scorer.npz")
@@ -121,6 +117,19 @@ def lowered(spec: GuardSpec, exact: dict[Stage, Path], stage: Stage, precision: 
     return bench.step(f"{stage}-{precision}", inputs, make)
 
 
+def compiled(spec: GuardSpec, source: Path, bench: Workbench) -> Path:
+    """Folder of one stage with its plan for this machine's GPU."""
+    trt, capability = find_tensorrt(), compute_capability()
+    inputs = {"from": source.name, "options": spec.tensorrt.model_dump(), "tensorrt": trt.__version__, "capability": capability}
+    inputs["largest"] = spec.serving.max_batch_size
+    return bench.step("plan", inputs, lambda folder: compile_stage(trt, capability, source, spec, folder))
+
+
+def open_stages(spec: GuardSpec, stages: dict[str, Path]) -> Infer:
+    """The stages, run in this process by the guard's own runtime."""
+    return on_gpu(stages, spec.serving.max_batch_size) if spec.runtime == "tensorrt" else in_process(stages)
+
+
 def classifier_feeds(autoencoder: Path, images: Iterable[Floats], noise_source: str) -> Iterator[Floats]:
     """What the classifier stage is fed: images, their reconstructions and their noise."""
     session = open_session(autoencoder / "model.onnx")
@@ -135,7 +144,7 @@ def scorer_inputs(spec: GuardSpec, splits: Splits, stages: dict[str, Path]) -> d
 
 
 def fit(spec: GuardSpec, stages: dict[str, Path], splits: Splits, folder: Path) -> None:
-    fit_scorer(spec, StageRunner(in_process(stages), passes_needed(spec), spec.noise_source), splits).save(folder / "scorer.npz")
+    fit_scorer(spec, StageRunner(open_stages(spec, stages), passes_needed(spec), spec.noise_source), splits).save(folder / "scorer.npz")
 
 
 def attack_report(spec: GuardSpec, protected: Protected, splits: Splits, bench: Workbench) -> Path:
@@ -157,17 +166,50 @@ def attack_report(spec: GuardSpec, protected: Protected, splits: Splits, bench: 
 
 
 def measure(spec: GuardSpec, stages: dict[str, Path], scorer: Scorer, splits: Splits, attacked: Path, folder: Path) -> None:
-    """Ask the stages about clean, noisy and attacked report images; write ``figures.json`` and the clean images' labels."""
-    run = StageRunner(in_process(stages), passes_needed(spec), spec.noise_source)
+    """Write ``figures.json`` and the clean report images' labels."""
+    run = StageRunner(open_stages(spec, stages), passes_needed(spec), spec.noise_source)
+    result, labels = measured(spec, run, scorer, splits, attacked)
+    np.save(folder / "labels.npy", labels)
+    (folder / "figures.json").write_text(json.dumps(result, indent=2))
 
+
+def measured(
+    spec: GuardSpec, run: StageRunner, scorer: Scorer, splits: Splits, attacked: Path | None
+) -> tuple[dict[str, Any], npt.NDArray[np.int64]]:
+    """Ask the stages about clean, noisy and attacked report images.
+
+    Args:
+        attacked: folder of :func:`attack_report`; None where there is none
+
+    Returns:
+        figures, and the clean images' labels int64 [n]
+    """
     report = splits.report
     clean = ask_guard(run, scorer, (batch.floats() for batch in report.batches()), len(report), "clean images")
     noisy = ask_guard(run, scorer, natural(report, spec.natural_noise_sd, spec.seed + 2), len(report), "noisy images")
     result = figures.clean_figures(clean, noisy, report.labels, spec.target_fpr)
     result["attacks"] = {}
-    for name in json.loads((attacked / "names.json").read_text()):
-        sent = attacks.AttackedImages.load(attacked / f"{name}.npz")
+    for name in json.loads((attacked / "names.json").read_text()) if attacked else ():
+        sent = attacks.AttackedImages.load(Path(str(attacked), f"{name}.npz"))
         answers = ask_guard(run, scorer, in_batches(sent.pixels), len(sent.pixels), name)
         result["attacks"][name] = figures.attack_figures(clean, answers, sent.succeeded(answers.labels))
-    np.save(folder / "labels.npy", clean.labels)
-    (folder / "figures.json").write_text(json.dumps(result, indent=2))
+    return result, clean.labels
+
+
+def summary(measured: dict[str, Any], agreement: float, size: float, seconds: float) -> dict[str, float]:
+    """A row of the manifest's ``precisions``.
+
+    Args:
+        agreement: share of clean images labelled as in fp32
+        size: of the stages, in megabytes
+        seconds: that building them took
+    """
+    attacks = measured["attacks"].values()
+    means = {key: float(np.mean([attack[key] for attack in attacks])) for key in ("auroc", "tpr_at_1pct")}
+    return {"label_agreement": agreement, **means, "megabytes": size, "build_seconds": seconds}
+
+
+def megabytes(folders: Iterable[Path]) -> float:
+    """Size of what the runtime loads: the plans where there are any, else the graphs with their external data."""
+    loaded = [list(folder.glob("*.plan")) or list(folder.glob("model.onnx*")) for folder in folders]
+    return sum(path.stat().st_size for paths in loaded for path in paths) / 1e6

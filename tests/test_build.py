@@ -17,13 +17,12 @@ from noisec import contract
 from noisec.builders import build as building
 from noisec.builders import datasets, protect, sanity, train
 from noisec.builders.compiling import compile_with
-from noisec.builders.engine import EngineOptions
 from noisec.builders.export import AutoencoderStage, export_difference, export_stage
 from noisec.builders.networks import CLASSIFIERS, DENOISERS
 from noisec.builders.recalibrate import recalibrate, recalibrate_with
 from noisec.builders.repository import read_config, read_plans
 from noisec.builders.sources import fashion_mnist
-from noisec.builders.spec import DetectorSpec, read_spec
+from noisec.builders.spec import DetectorSpec, EngineOptions, read_spec
 from noisec.builders.stages import in_process
 from noisec.clients import GuardClient
 from noisec.contract import STAGES, stage_model
@@ -144,12 +143,26 @@ def test_recalibration_on_the_server_is_a_new_release_beside_the_old(guard, fold
     figures = read_manifest(copy, "mine", served)["figures"]
     assert verdicts.is_malicious.mean() == pytest.approx(figures["fpr"])
     assert (copy / "mine_scorer" / str(last) / "scorer.npz").is_file()
+    old = read_manifest(copy, "mine", last)
+    assert figures["attacks"].keys() == old["figures"]["attacks"].keys()
+    for name, attack in figures["attacks"].items():
+        assert attack["auroc"] == pytest.approx(old["figures"]["attacks"][name]["auroc"], abs=0.02)
+    assert f"# mine, release {again}" in (copy / "mine" / "README.md").read_text()
+
+
+def test_a_recalibrated_release_without_the_attacked_images_has_no_attack_figures(guard, tmp_path, capfd):
+    copy = Path(shutil.copytree(guard.repository, tmp_path / "repository"))
+    release = recalibrate(copy, "mine", tmp_path / "elsewhere", None)
+    content = read_manifest(copy, "mine", release)
+    assert content["figures"]["attacks"] == {}
+    assert content["precisions"] == read_manifest(copy, "mine", release - 1)["precisions"]
+    assert "no attacked images in" in capfd.readouterr().err
 
 
 def test_a_compiled_release_stays_compiled_when_it_is_recalibrated(guard, folder, tmp_path):
     copy = Path(shutil.copytree(guard.repository, tmp_path / "repository"))
     release = compile_with(rtx, "9.0", copy, "mine", EngineOptions(optimum=8))
-    with pytest.raises(NoisecError, match=f"mine release {release} holds TensorRT plans: serve it and give --url"):
+    with pytest.raises(NoisecError, match=f"mine release {release} holds TensorRT plans and this machine has no NVIDIA GPU: .* --url"):
         recalibrate(copy, "mine", folder / "work", None)
     stages = {stage: copy / stage_model("mine", stage) / str(release) for stage in ("autoencoder", "classifier")}
     assert recalibrate_with(in_process(stages), copy, "mine", folder / "work", "the same graphs") == release + 1

@@ -17,11 +17,13 @@ from onnx import TensorProto
 from tritonclient.grpc import model_config_pb2
 
 from noisec import contract
+from noisec.builders.build import build
 from noisec.builders.compiling import compile_with
-from noisec.builders.engine import EngineOptions, build_plan, gpus
+from noisec.builders.engine import build_plan, gpus
 from noisec.builders.images import in_batches
 from noisec.builders.precision import LOWERED, lower
 from noisec.builders.sanity import precision_problems
+from noisec.builders.spec import GUARDS, EngineOptions, read_spec
 from noisec.builders.variants import NETWORK_STAGES, classifier_feeds
 from noisec.contract import stage_model
 from noisec.errors import NoisecError
@@ -159,6 +161,14 @@ def test_without_a_gpu_compile_says_so_in_one_sentence_and_changes_nothing(tmp_p
     )
     assert releases(copy, GUARD) == [1]
     assert verify(copy, GUARD) == []
+
+
+@WITHOUT_GPU
+def test_without_a_gpu_a_build_for_tensorrt_ends_before_anything_is_trained(tmp_path):
+    spec = read_spec(GUARDS / "demo.toml").model_copy(update={"runtime": "tensorrt"})
+    with pytest.raises(NoisecError, match="no NVIDIA GPU on this machine"):
+        build(spec, tmp_path / "repository", tmp_path / "work")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture(scope="module")

@@ -109,7 +109,10 @@ def calibrate(
     repository: Repository,
     guard: GuardName,
     url: Annotated[str | None, typer.Option("--url", "-u", help="gRPC address of a server with the latest release.")] = None,
-    work: Annotated[Path, typer.Option(help="Folder for decoded images.")] = Path("workbench"),
+    work: Annotated[Path, typer.Option(help="The folder that the guard was built in: its attacked images are asked again.")] = Path(
+        "workbench"
+    ),
+    force: Annotated[bool, typer.Option("--force", help="Write the release in spite of what it loses against fp32.")] = False,
 ) -> None:
     """Refit a guard's scorer on what its serving stages answer, as a new release beside the old.
 
@@ -117,7 +120,7 @@ def calibrate(
     """
     from noisec.builders.recalibrate import recalibrate
 
-    release = recalibrate(repository, guard, work / guard, url)
+    release = recalibrate(repository, guard, work / guard, url, force=force)
     console.print(f"release {release} is written; the server takes it when it loads the stages and then the ensemble again")
 
 
@@ -139,10 +142,17 @@ def compile_command(
     Example: `noisec compile model_repository --guard fashion_mnist --level 5`
     """
     from noisec.builders.compiling import compile_guard
-    from noisec.builders.engine import EngineOptions
+    from noisec.builders.spec import EngineOptions
 
     assert runtime is Runtime.TENSORRT
-    release = compile_guard(repository, guard, EngineOptions(optimum, level, workspace, any_ampere_or_newer, version_compatible))
+    options = EngineOptions(
+        optimum=optimum,
+        level=level,
+        workspace_megabytes=workspace,
+        any_ampere_or_newer=any_ampere_or_newer,
+        version_compatible=version_compatible,
+    )
+    release = compile_guard(repository, guard, options)
     console.print(f"release {release} is written; serve it, then: noisec calibrate {repository} --guard {guard} --url HOST:PORT")
 
 
