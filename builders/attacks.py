@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from noisec.builders.images import BATCH, Images, natural
+from noisec.builders.images import BATCH, Floats, Images, natural
 from noisec.builders.progress import tracked
 from noisec.builders.protect import Protected
 from noisec.builders.spec import BackdoorSpec, GuardSpec
@@ -23,6 +23,11 @@ PGD_STEP, PGD_STEPS = 0.01, 25
 """NoiSec's settings for PGD and BIM, in the pixel scale [0, 1]"""
 SQUARE_QUERIES = 250
 """NoiSec's setting for Fashion-MNIST"""
+UAP_IMAGES, UAP_ROUNDS = 300, 5
+"""images that a universal perturbation is made of, and how often all of them are gone through"""
+CW_STEPS, CW_SEARCHES = 50, 4
+BLACK_BOX = ("square", "hopskipjump")
+"""methods that use the classifier's answers alone"""
 
 
 @dataclass(frozen=True)
@@ -30,10 +35,11 @@ class AttackSpec:
     """One L-infinity attack on the classifier."""
 
     method: str
-    """``fgsm`` (Goodfellow et al. 2015) and ``pgd`` (Madry et al. 2018) use its gradients, ``square`` (Andriushchenko et al. 2020)
-    its answers"""
+    """``fgsm`` (Goodfellow et al. 2015), ``bim`` (Kurakin et al. 2017), ``pgd`` (Madry et al. 2018), ``autoattack`` (Croce and Hein 2020),
+    ``uap`` (Moosavi-Dezfooli et al. 2017), ``cw`` (Carlini and Wagner 2017) and ``deepfool`` (Moosavi-Dezfooli et al. 2016) use its
+    gradients, ``square`` (Andriushchenko et al. 2020) and ``hopskipjump`` (Chen et al. 2020) its answers"""
     eps: float
-    """largest change of a pixel, in [0, 1]"""
+    """largest change of a pixel, in [0, 1]; ``cw``, ``deepfool`` and ``hopskipjump`` have no bound and make it as small as they can"""
 
     @classmethod
     def parse(cls, name: str) -> AttackSpec:
@@ -77,33 +83,64 @@ class AttackedImages:
             return cls(arrays["pixels"], arrays["labels"], None if target < 0 else target)
 
 
-def attack(protected: Protected, images: Images, spec: AttackSpec, seed: int) -> AttackedImages:
-    """Attack every image from its true label, white-box with gradients or with the classifier's answers alone."""
+def attack(protected: Protected, images: Images, spec: AttackSpec, seed: int, queries: int = SQUARE_QUERIES) -> AttackedImages:
+    """Attack every image from its true label, white-box with gradients or with the classifier's answers alone.
+
+    Args:
+        queries: of Square; HopSkipJump's steps follow from it
+    """
     with _quiet():
-        from art.attacks.evasion import FastGradientMethod, ProjectedGradientDescentPyTorch, SquareAttack
         from art.estimators.classification import BlackBoxClassifierNeuralNetwork, PyTorchClassifier
     np.random.seed(seed)
     torch.manual_seed(seed)
-    shown: dict[str, Any] = {"batch_size": BATCH, "verbose": False}
-    if spec.method == "square":
+    if spec.method in BLACK_BOX:
         estimator = BlackBoxClassifierNeuralNetwork(
             protected.original, images.shape, protected.classes, channels_first=True, clip_values=(0.0, 1.0)
         )
-        method = SquareAttack(estimator, eps=spec.eps, max_iter=SQUARE_QUERIES, nb_restarts=1, **shown)
     else:
         estimator = PyTorchClassifier(
             protected.network, nn.CrossEntropyLoss(), images.shape, protected.classes, clip_values=(0.0, 1.0), device_type="cpu"
         )
-        if spec.method == "fgsm":
-            method = FastGradientMethod(estimator, eps=spec.eps, batch_size=BATCH)
-        else:
-            step = min(PGD_STEP, spec.eps / 4)
-            method = ProjectedGradientDescentPyTorch(estimator, eps=spec.eps, eps_step=step, max_iter=PGD_STEPS, num_random_init=1, **shown)
+    if spec.method == "uap":
+        return AttackedImages(_universal(estimator, images, spec.eps), images.labels)
+    method = _method(estimator, spec, queries)
     parts = [
         method.generate(batch.floats(), y=np.eye(protected.classes, dtype=np.float32)[batch.labels])
         for batch in tracked(images.batches(), f"attack {spec.name}", -(-len(images) // BATCH))
     ]
     return AttackedImages(np.concatenate(parts).astype(np.float32), images.labels)
+
+
+def _method(estimator: Any, spec: AttackSpec, queries: int) -> Any:
+    """The attack of the Adversarial Robustness Toolbox."""
+    with _quiet():
+        from art.attacks import evasion
+    shown: dict[str, Any] = {"batch_size": BATCH, "verbose": False}
+    step = min(PGD_STEP, spec.eps / 4)
+    made: dict[str, Callable[[], Any]] = {
+        "fgsm": lambda: evasion.FastGradientMethod(estimator, eps=spec.eps, batch_size=BATCH),
+        "bim": lambda: evasion.BasicIterativeMethod(estimator, eps=spec.eps, eps_step=step, max_iter=PGD_STEPS, **shown),
+        "pgd": lambda: evasion.ProjectedGradientDescentPyTorch(
+            estimator, eps=spec.eps, eps_step=step, max_iter=PGD_STEPS, num_random_init=1, **shown
+        ),
+        "autoattack": lambda: evasion.AutoAttack(estimator, eps=spec.eps, eps_step=step, batch_size=BATCH),
+        "cw": lambda: evasion.CarliniL2Method(estimator, max_iter=CW_STEPS, binary_search_steps=CW_SEARCHES, **shown),
+        "deepfool": lambda: evasion.DeepFool(estimator, max_iter=50, **shown),
+        "square": lambda: evasion.SquareAttack(estimator, eps=spec.eps, max_iter=queries, nb_restarts=1, **shown),
+        "hopskipjump": lambda: evasion.HopSkipJump(estimator, max_iter=10, max_eval=queries, init_eval=20, **shown),
+    }
+    return made[spec.method]()
+
+
+def _universal(estimator: Any, images: Images, eps: float) -> Floats:
+    """One perturbation for all images, made of the first ``UAP_IMAGES`` (Moosavi-Dezfooli et al. 2017; inner attack FGSM)."""
+    with _quiet():
+        from art.attacks.evasion import UniversalPerturbation
+    inner = {"eps": eps, "norm": np.inf}
+    method = UniversalPerturbation(estimator, "fgsm", inner, delta=0.05, max_iter=UAP_ROUNDS, eps=eps, norm=np.inf, verbose=False)
+    method.generate(images[:UAP_IMAGES].floats())
+    shifted: Floats = np.concatenate([np.clip(batch.floats() + method.noise, 0, 1) for batch in images.batches()]).astype(np.float32)
+    return shifted
 
 
 def backdoored(images: Images, backdoor: BackdoorSpec) -> AttackedImages:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +14,35 @@ from noisec.builders.images import Splits, natural
 from noisec.builders.spec import DetectorSpec, GuardSpec
 from noisec.builders.stages import StageRunner
 from noisec.errors import NoisecError
-from noisec.python_backend.scorer.scoring import Detector, Floats, GaussianMixture, Scorer, TailScale
+from noisec.python_backend.scorer.detectors import (
+    ClassGaussian,
+    Divergence,
+    Floats,
+    GaussianMixture,
+    Head,
+    HeadMutation,
+    KernelDensity,
+    LocalDimension,
+    LogitGaussian,
+    Statistic,
+    View,
+    squared_distances,
+)
+from noisec.python_backend.scorer.scoring import Detector, Scorer, TailScale
 
 SCALE_SHARE = 0.25
-"""share of the fit images that set the detectors' scales instead of their mixtures"""
+"""share of the fit images that set the detectors' scales instead of their statistics"""
 SURVIVALS = np.array([0.99, 0.9, 0.75, 0.5, 0.25, 0.1, 0.02])
 """shares of clean images above each knot of a scale; the last two set the slope of the tail"""
+MAX_CONDITION = 1e12
+POINTS_A_CLASS, POINTS = 100, 600
+"""reference points of the density, for each class, and of the local dimension"""
+NEIGHBOURS = 20
+BANDWIDTHS = np.array([0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5])
+"""tried for the density, in units of the median distance to the nearest clean neighbour"""
+MUTANTS, MUTATION = 100, 0.35
+"""mutants of the last layer, and the deviation of their weights in units of its largest one"""
+NO_HEAD = Head(np.empty((0, 0), np.float32), np.empty(0, np.float32), np.array(False))
 
 
 def fit_mixture(vectors: Floats, components: int, seed: int) -> GaussianMixture:
@@ -31,7 +54,7 @@ def fit_mixture(vectors: Floats, components: int, seed: int) -> GaussianMixture:
     Raises:
         NoisecError: too few or constant vectors.
     """
-    rows, width = vectors.shape
+    rows = len(vectors)
     if components == 1:
         members = np.zeros(rows, np.intp)
     else:
@@ -42,17 +65,89 @@ def fit_mixture(vectors: Floats, components: int, seed: int) -> GaussianMixture:
         raise NoisecError(
             f"a mixture of {components} components has one with {counts.min()} of {rows} images; ask for fewer components or more images"
         )
-    covariances = [LedoitWolf().fit(vectors[members == k].astype(np.float64)).covariance_ for k in range(components)]
-    conditions = [float(np.linalg.cond(covariance)) for covariance in covariances]
-    if not max(conditions) < 1e12:
-        raise NoisecError(
-            f"a covariance of {width} penultimate activations has condition {max(conditions):.1e}, at most 1e12 will do: are they constant?"
-        )
     return GaussianMixture(
         weights=(counts / rows).astype(np.float32),
         means=np.stack([vectors[members == k].mean(axis=0) for k in range(components)]),
-        factors=np.stack([np.linalg.cholesky(np.linalg.inv(covariance)) for covariance in covariances]).astype(np.float32),
+        factors=np.stack([whitening(vectors[members == k]) for k in range(components)]),
     )
+
+
+def whitening(vectors: Floats) -> Floats:
+    """Lower triangular factor float32 [d, d] of the inverse of the shrunk covariance of float32 [n, d].
+
+    Raises:
+        NoisecError: the covariance is singular for all practical purposes.
+    """
+    covariance = LedoitWolf().fit(vectors.astype(np.float64)).covariance_
+    condition = float(np.linalg.cond(covariance))
+    if not condition < MAX_CONDITION:
+        raise NoisecError(
+            f"a covariance of {vectors.shape[1]} penultimate activations has condition {condition:.1e}, at most {MAX_CONDITION:.0e} "
+            "will do: are they constant?"
+        )
+    factor: Floats = np.linalg.cholesky(np.linalg.inv(covariance)).astype(np.float32)
+    return factor
+
+
+def fit_class_gaussian(view: View, kind: type[ClassGaussian] = ClassGaussian) -> ClassGaussian:
+    """A mean for each class, and one covariance around them."""
+    vectors, labels = kind.vectors(view), view.labels
+    means = np.stack([class_rows(vectors, labels, label).mean(axis=0) for label in range(len(view.head.bias))])
+    return kind(means, whitening(vectors - means[labels]))
+
+
+def class_rows(vectors: Floats, labels: npt.NDArray[np.intp], label: int) -> Floats:
+    """The vectors of one predicted class; all of them where it was never predicted."""
+    rows = labels == label
+    return vectors[rows] if rows.any() else vectors
+
+
+def fit_density(view: View, seed: int) -> KernelDensity:
+    """Reference points of each class, and the bandwidth under which other clean rows are likeliest."""
+    generator = np.random.default_rng(seed)
+    held = np.arange(len(view.labels)) % 4 == 0
+    known = view[~held]
+    chosen = [generator.choice(class_rows(known.vectors, known.labels, label), POINTS_A_CLASS) for label in range(len(view.head.bias))]
+    points = np.stack(chosen).astype(np.float32)
+    flat = points.reshape(-1, points.shape[2])
+    nearest = np.sqrt(np.median(np.sort(squared_distances(view[held].vectors, flat), axis=1)[:, 0]))
+    dimensions = points.shape[2]
+    tried = [KernelDensity(points, np.array(width * nearest, np.float32)) for width in BANDWIDTHS]
+    surprise = [one.score(view[held]).mean() + dimensions * np.log(float(one.bandwidth)) for one in tried]
+    return tried[int(np.argmin(surprise))]
+
+
+def fit_dimension(view: View, seed: int) -> LocalDimension:
+    """Reference points among all classes."""
+    points = np.random.default_rng(seed).choice(view.vectors, min(POINTS, len(view.labels)), replace=False)
+    return LocalDimension(points.astype(np.float32), np.array(min(NEIGHBOURS, len(points) - 1)))
+
+
+def fit_mutation(view: View, seed: int) -> HeadMutation:
+    """Mutants ``W + N(0, (MUTATION max |W|)^2)`` of the last layer's weights, and how clean rows usually fare among them."""
+    generator = np.random.default_rng(seed)
+    weights = view.head.weights
+    noise = generator.standard_normal((weights.shape[0], MUTANTS, weights.shape[1]))
+    mutants = weights[:, None] + MUTATION * np.abs(weights).max() * noise
+    bias = np.tile(view.head.bias, MUTANTS)
+    flat = mutants.reshape(len(weights), -1).astype(np.float32)
+    rates = HeadMutation(flat, bias, np.zeros((), np.float32), np.ones(2, np.float32)).rate(view)
+    low, centre, high = np.quantile(rates, [0.05, 0.5, 0.95]).astype(np.float32)
+    return HeadMutation(flat, bias, centre, np.maximum([centre - low, high - centre], np.float32(1e-6)).astype(np.float32))
+
+
+def fit_statistic(spec: DetectorSpec, view: View, seed: int) -> Statistic:
+    """The statistic of one detector at one noise level, on clean rows of that level."""
+    fits: dict[str, Callable[[], Statistic]] = {
+        "mixture": lambda: fit_mixture(view.vectors, spec.components, seed),
+        "class-gaussian": lambda: fit_class_gaussian(view),
+        "logit-gaussian": lambda: fit_class_gaussian(view, LogitGaussian),
+        "divergence": lambda: Divergence(np.array(spec.temperature, np.float32)),
+        "density": lambda: fit_density(view, seed),
+        "dimension": lambda: fit_dimension(view, seed),
+        "mutation": lambda: fit_mutation(view, seed),
+    }
+    return fits[spec.kind]()
 
 
 def fit_scale(raw: Floats) -> TailScale:
@@ -67,31 +162,38 @@ def fit_scale(raw: Floats) -> TailScale:
     return TailScale(knots, (-np.log(SURVIVALS)).astype(np.float32))
 
 
-def fit_detector(spec: DetectorSpec, tensors: Mapping[str, Floats], levels: npt.NDArray[np.intp], count: int, seed: int) -> Detector:
-    """Fit one detector's mixtures, one for each of ``count`` levels, and their scales, on disjoint parts of the rows.
+def fit_detector(spec: DetectorSpec, view: View, levels: npt.NDArray[np.intp], count: int, seed: int) -> Detector:
+    """Fit one detector's statistics, one for each of ``count`` levels, and their scales, on disjoint parts of the rows.
 
     Args:
-        tensors: name -> float32 [n, d], of natural images
+        view: of natural images
         levels: int [n], in [0, count)
     """
-    inputs = tuple(contract.PASSES[name] for name in contract.VIEWS[spec.view])
-    vectors = Detector(spec.name, inputs, (), ()).view(tensors)
-    for_scale = np.arange(len(vectors)) % round(1 / SCALE_SHARE) == 0
-    mixtures = tuple(fit_mixture(vectors[~for_scale & (levels == level)], spec.components, seed) for level in range(count))
-    scales = tuple(fit_scale(mixtures[level].score(vectors[for_scale & (levels == level)])) for level in range(count))
-    return Detector(spec.name, inputs, mixtures, scales)
+    for_scale = np.arange(len(levels)) % round(1 / SCALE_SHARE) == 0
+    statistics = tuple(fit_statistic(spec, view[~for_scale & (levels == level)], seed) for level in range(count))
+    scales = tuple(fit_scale(statistics[level].score(view[for_scale & (levels == level)])) for level in range(count))
+    return Detector(spec.name, spec.kind, spec.inputs, statistics, scales)
 
 
-def fit_scorer(spec: GuardSpec, run: StageRunner, splits: Splits) -> Scorer:
+def fit_scorer(spec: GuardSpec, run: StageRunner, splits: Splits, head: Head = NO_HEAD) -> Scorer:
     """Fit the detectors on the fit images and calibrate the threshold on the calibration images, both with natural noise.
 
     The activations are those of the exported stages that will serve, never the training framework's own.
     """
     fit = run(natural(splits.fit, spec.natural_noise_sd, spec.seed), len(splits.fit), "fitting detectors")
+    calibration = run(natural(splits.calibrate, spec.natural_noise_sd, spec.seed + 1), len(splits.calibrate), "calibrating threshold")
+    return fit_tensors(spec, fit, calibration, head)
+
+
+def fit_tensors(spec: GuardSpec, fit: Mapping[str, Floats], calibration: Mapping[str, Floats], head: Head) -> Scorer:
+    """The same from what the stages answered: name -> float32 [n, ...]."""
     level = fit[contract.NOISE_LEVEL][:, 0]
     edges = np.quantile(level, np.arange(1, spec.noise_levels) / spec.noise_levels).astype(np.float32)
     levels = np.searchsorted(edges, level, side="right")
-    detectors = tuple(fit_detector(detector, fit, levels, spec.noise_levels, spec.seed) for detector in spec.detectors)
-    scorer = Scorer(spec.release, spec.target_fpr, edges, detectors, np.empty(0, np.float32))
-    calibration = run(natural(splits.calibrate, spec.natural_noise_sd, spec.seed + 1), len(splits.calibrate), "calibrating threshold")
-    return Scorer(spec.release, spec.target_fpr, edges, detectors, np.sort(scorer.score(calibration)))
+    labels = fit[contract.LOGITS].argmax(axis=1)
+    detectors = tuple(
+        fit_detector(one, View(tuple(fit[name] for name in one.inputs), labels, head), levels, spec.noise_levels, spec.seed)
+        for one in spec.detectors
+    )
+    scorer = Scorer(spec.release, spec.target_fpr, spec.fusion, edges, head, detectors, np.empty(0, np.float32))
+    return Scorer(spec.release, spec.target_fpr, spec.fusion, edges, head, detectors, np.sort(scorer.score(calibration)))

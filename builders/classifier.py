@@ -96,7 +96,7 @@ def read_model(path: Path) -> ModelProto:
     return model
 
 
-class _Graph:
+class Graph:
     """Look-ups in a model's main graph."""
 
     def __init__(self, model: ModelProto) -> None:
@@ -159,7 +159,7 @@ def dissect(model: ModelProto, where: str = "model") -> Anatomy:
         raise NoisecError(
             f"{where}: opset {opset}; servers of today run up to {MAX_OPSET}: export it with opset_version={MAX_OPSET} or lower"
         )
-    graph = _Graph(model)
+    graph = Graph(model)
     if len(graph.inputs) != 1:
         raise NoisecError(
             f"{where}: inputs are {[value.name for value in graph.inputs]}; a guard protects a classifier with one image input"
@@ -170,7 +170,7 @@ def dissect(model: ModelProto, where: str = "model") -> Anatomy:
         raise NoisecError(
             f"{where}: input {entry.name!r} is {kind}; it has to be FLOAT: export the classifier without its integer input cast"
         )
-    heads = [(output.name, head) for output in graph.outputs if _is_float(graph, output.name) and (head := _head(graph, output.name))]
+    heads = [(output.name, head) for output in graph.outputs if _is_float(graph, output.name) and (head := find_head(graph, output.name))]
     if not heads:
         raise NoisecError(f"{where}: {_no_head(graph)}")
     output, head = heads[0]
@@ -193,11 +193,11 @@ def dissect(model: ModelProto, where: str = "model") -> Anatomy:
     )
 
 
-def _is_float(graph: _Graph, name: str) -> bool:
+def _is_float(graph: Graph, name: str) -> bool:
     return name in graph.types and graph.types[name].elem_type in FLOATS
 
 
-def _no_head(graph: _Graph) -> str:
+def _no_head(graph: Graph) -> str:
     outputs = [f"{output.name} ({TensorProto.DataType.Name(output.type.tensor_type.elem_type)})" for output in graph.outputs]
     if not any(_is_float(graph, output.name) for output in graph.outputs):
         return f"outputs are {', '.join(outputs)}: none is floating point; export the classifier with its logits or probabilities as output"
@@ -211,7 +211,7 @@ def _no_head(graph: _Graph) -> str:
     )
 
 
-def _head(graph: _Graph, output: str) -> NodeProto | None:
+def find_head(graph: Graph, output: str) -> NodeProto | None:
     """The last linear layer before an output."""
     name = graph.back(output, AFTER_LOGITS)
     node = graph.producer.get(graph.back(name, SHAPE_ONLY))
@@ -230,12 +230,12 @@ def _head(graph: _Graph, output: str) -> NodeProto | None:
     return None
 
 
-def _is_pointwise(graph: _Graph, node: NodeProto) -> bool:
+def _is_pointwise(graph: Graph, node: NodeProto) -> bool:
     shape = graph.shape(node.input[1])
     return shape is not None and all(size == 1 for size in shape[2:])
 
 
-def _candidates(graph: _Graph, head: NodeProto) -> list[Candidate]:
+def _candidates(graph: Graph, head: NodeProto) -> list[Candidate]:
     """Tensors before the head, the nearest first: its input, that input before its activation, and the inputs of earlier dense layers."""
     found: list[Candidate] = []
     why = f"input of the last linear layer ({head.op_type})"
@@ -254,14 +254,14 @@ def _candidates(graph: _Graph, head: NodeProto) -> list[Candidate]:
     return found
 
 
-def _add(graph: _Graph, found: list[Candidate], name: str, why: str) -> None:
+def _add(graph: Graph, found: list[Candidate], name: str, why: str) -> None:
     shape = graph.shape(name)
     if shape and len(shape) in (2, 4) and isinstance(shape[1], int) and name not in {candidate.tensor for candidate in found}:
         spatial = len(shape) == 4
         found.append(Candidate(name, shape[1], spatial, why + (", averaged over its positions" if spatial else "")))
 
 
-def _multiply_adds(graph: _Graph) -> int:
+def _multiply_adds(graph: Graph) -> int:
     total = 0
     for node in graph.nodes:
         weight, output = graph.shape(node.input[1]) if len(node.input) > 1 else None, graph.shape(node.output[0])
@@ -284,7 +284,7 @@ def choose_penultimate(anatomy: Anatomy, model: ModelProto, wanted: str | None, 
         if not anatomy.candidates:
             raise NoisecError(f"{where}: the penultimate layer's shape is unknown; name a tensor with classifier.penultimate")
         return anatomy.candidates[0]
-    shape = _Graph(model).shape(wanted)
+    shape = Graph(model).shape(wanted)
     usable = shape is not None and len(shape) in (2, 4) and isinstance(shape[1], int)
     if shape is None or not usable:
         known = ", ".join(candidate.tensor for candidate in anatomy.candidates)

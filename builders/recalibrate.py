@@ -22,6 +22,7 @@ from noisec.builders.stages import Infer, StageRunner, in_process, served
 from noisec.builders.variants import measured, megabytes, name_of, open_stages, summary
 from noisec.contract import LOGITS, stage_model
 from noisec.errors import NoisecError
+from noisec.python_backend.scorer.scoring import Scorer
 
 
 def recalibrate(repository: Path, guard: str, work: Path, url: str | None, *, force: bool = False) -> int:
@@ -62,7 +63,8 @@ def recalibrate_with(infer: Infer, repository: Path, guard: str, work: Path, ask
     splits = datasets.load_splits(spec.data, spec.seed, cache=work / "images")
     stages = stage_folders(repository, guard, old["release"])
     run = StageRunner(infer, passes_needed(spec), spec.noise_source)
-    scorer = fit_scorer(new, run, splits)
+    former = Scorer.load(repository / stage_model(guard, "scorer") / str(old["release"]) / "scorer.npz")
+    scorer = fit_scorer(new, run, splits, former.head)
     attacked = work / str(old["attacked"])
     figures, labels = measured(new, run, scorer, splits, attacked if attacked.is_dir() else None)
     table: PrecisionTable = old["precisions"]

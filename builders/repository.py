@@ -21,7 +21,7 @@ from noisec.python_backend.scorer import scoring
 
 SCORER_CODE = Path(scoring.__file__).parent
 NO_PLANS: Mapping[str, str] = MappingProxyType({})
-SCORER_FILES = ("model.py", "scoring.py", "batching.py")
+SCORER_FILES = ("model.py", "scoring.py", "detectors.py", "batching.py")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def passes_needed(spec: GuardSpec) -> tuple[contract.Pass, ...]:
 
 def scorer_inputs(spec: GuardSpec) -> tuple[str, ...]:
     """Tensors that the scorer reads besides NOISE_LEVEL and IN_RANGE."""
-    views = {name for detector in spec.detectors for name in contract.VIEWS[detector.view]}
+    views = {name for detector in spec.detectors for name in contract.VIEWS[detector.view]} | ({"image"} if spec.needs_head else set())
     return tuple(contract.PASSES[name] for name in contract.PASSES if name in views)
 
 

@@ -14,6 +14,7 @@ from noisec.builders.protect import Protected
 from noisec.builders.spec import GuardSpec
 from noisec.errors import NoisecError
 from noisec.python_backend.runtimes.onnxruntime.session import open_session
+from noisec.python_backend.scorer.detectors import ClassGaussian, Floats, GaussianMixture, Statistic
 from noisec.python_backend.scorer.scoring import Scorer
 
 MAX_DISAGREEMENT = 0.001
@@ -80,9 +81,10 @@ def scorer_problems(scorer: Scorer) -> list[str]:
     """Mixtures that rest on directions in which clean images hardly vary."""
     worst = {
         detector.name: max(
-            float(np.linalg.cond(factor.astype(np.float64)) ** 2) for mixture in detector.mixtures for factor in mixture.factors
+            float(np.linalg.cond(factor.astype(np.float64)) ** 2) for statistic in detector.statistics for factor in factors_of(statistic)
         )
         for detector in scorer.detectors
+        if any(factors_of(statistic) for statistic in detector.statistics)
     }
     return [
         f"detector {name}: its mixture's covariance has condition {condition:.1e}, at most {MAX_CONDITION:.0e} will do: "
@@ -90,6 +92,13 @@ def scorer_problems(scorer: Scorer) -> list[str]:
         for name, condition in worst.items()
         if not condition <= MAX_CONDITION
     ]
+
+
+def factors_of(statistic: Statistic) -> list[Floats]:
+    """The covariance factors of a statistic: those of a mixture, one around class means, or none."""
+    if isinstance(statistic, GaussianMixture):
+        return list(statistic.factors)
+    return [statistic.factor] if isinstance(statistic, ClassGaussian) else []
 
 
 def precision_problems(name: str, table: PrecisionTable, runtime: str) -> list[str]:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from noisec import contract
 from noisec.contract import View
 from noisec.errors import NoisecError
+from noisec.python_backend.scorer.detectors import WITH_HEAD
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -157,16 +158,39 @@ class AutoencoderSpec(Section):
 
 
 class DetectorSpec(Section):
-    """One Gaussian mixture on one view."""
+    """One statistic of one view."""
 
+    kind: Literal["mixture", "class-gaussian", "logit-gaussian", "divergence", "density", "dimension", "mutation"] = "mixture"
+    """``mixture``: Gaussian mixture, as published; ``class-gaussian``: Mahalanobis distance from the predicted class; ``logit-gaussian``:
+    the same of the change in logits from reconstruction to image; ``divergence``: Jensen-Shannon divergence of these two answers;
+    ``density``: kernel density under the predicted class; ``dimension``: local intrinsic dimensionality; ``mutation``: sensitivity to
+    mutants of the last layer"""
     view: View
     """``noise``: F(n), as published; ``delta``: F(x) - F(A(x)); ``image``: F(x)"""
     components: Positive = 1
-    """Gaussians in each mixture; the paper uses one"""
+    """``mixture``: Gaussians in each mixture; the paper uses one"""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """``divergence``: both answers' logits are divided by it"""
+
+    @model_validator(mode="after")
+    def _fits_its_view(self) -> DetectorSpec:
+        wanted = {"logit-gaussian": "delta", "divergence": "delta", "mutation": "image"}.get(self.kind, self.view)
+        if self.view != wanted:
+            raise ValueError(f"a detector of kind {self.kind!r} has view {wanted!r}; view is {self.view!r}")
+        for name, kind in (("components", "mixture"), ("temperature", "divergence")):
+            if self.kind != kind and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} goes with kind = {kind!r}; kind is {self.kind!r}")
+        return self
 
     @property
     def name(self) -> str:
-        return f"{self.view}-{self.components}"
+        extra = {"mixture": self.components, "divergence": self.temperature}.get(self.kind, 1)
+        return f"{self.view}-{self.kind}" + ("" if extra == 1 else f"-{extra:g}")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Tensors that the view reads."""
+        return tuple(contract.PASSES[name] for name in contract.VIEWS[self.view])
 
 
 class EngineOptions(Section):
@@ -211,6 +235,8 @@ class GuardSpec(Section):
     """clean images are fitted and calibrated half as they are, half with sensor noise of a deviation drawn from [0, this]"""
     noise_levels: Annotated[int, Field(ge=1, le=16)] = 1
     """each input is compared with natural images of its own noise level, one of this many; 1 is the published method"""
+    fusion: Literal["fisher", "tippett"] = "fisher"
+    """how detectors are combined: ``fisher`` adds their surprisals, ``tippett`` takes the largest"""
     data: DataSpec
     classifier: ClassifierSpec
     autoencoder: AutoencoderSpec
@@ -245,6 +271,11 @@ class GuardSpec(Section):
     def autoencoder_outputs(self) -> tuple[str, ...]:
         """What the autoencoder stage answers."""
         return (*contract.AUTOENCODER_OUTPUTS, *(() if self.noise_source == contract.NOISE else (self.noise_source,)))
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether a detector reads the predicted class."""
+        return any(detector.kind in WITH_HEAD for detector in self.detectors)
 
     def precision_of(self, stage: Literal["autoencoder", "classifier"]) -> Precision:
         """The precision in which a stage serves."""

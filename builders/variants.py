@@ -13,11 +13,12 @@ import numpy.typing as npt
 
 from noisec import contract
 from noisec.builders import attacks, figures
-from noisec.builders.calibrate import fit_scorer
+from noisec.builders.calibrate import NO_HEAD, fit_scorer
 from noisec.builders.compiling import compile_stage
 from noisec.builders.engine import compute_capability, find_tensorrt
 from noisec.builders.figures import PrecisionTable
-from noisec.builders.images import Floats, Splits, in_batches, natural
+from noisec.builders.head import read_head
+from noisec.builders.images import BATCH, Floats, Splits, in_batches, natural
 from noisec.builders.precision import lower
 from noisec.builders.protect import Protected, training_inputs
 from noisec.builders.repository import passes_needed
@@ -92,7 +93,8 @@ def make_variant(
     if spec.runtime == "tensorrt":
         folders = {stage: compiled(spec, folder, bench) for stage, folder in folders.items()}
     stages: dict[str, Path] = {str(stage): folder for stage, folder in folders.items()}
-    fitted = bench.step("scorer", scorer_inputs(spec, splits, stages), lambda folder: fit(spec, stages, splits, folder))
+    inputs = scorer_inputs(spec, splits, stages)
+    fitted = bench.step("scorer", inputs, lambda folder: fit(spec, stages, exact["classifier"], splits, folder))
     scorer = Scorer.load(fitted / "scorer.npz")
     seconds = sum(seconds_of(folder) for folder in folders.values())
     if attacked is None:
@@ -138,13 +140,16 @@ def classifier_feeds(autoencoder: Path, images: Iterable[Floats], noise_source: 
 
 
 def scorer_inputs(spec: GuardSpec, splits: Splits, stages: dict[str, Path]) -> dict[str, Any]:
-    fields = {"release", "target_fpr", "seed", "natural_noise_sd", "noise_levels", "data", "detectors"}
+    fields = {"release", "target_fpr", "seed", "natural_noise_sd", "noise_levels", "fusion", "data", "detectors"}
     chosen = json.loads(spec.model_dump_json(include=fields))
     return {**chosen, "files": splits.digest, **{stage: folder.name for stage, folder in stages.items()}}
 
 
-def fit(spec: GuardSpec, stages: dict[str, Path], splits: Splits, folder: Path) -> None:
-    fit_scorer(spec, StageRunner(open_stages(spec, stages), passes_needed(spec), spec.noise_source), splits).save(folder / "scorer.npz")
+def fit(spec: GuardSpec, stages: dict[str, Path], exact: Path, splits: Splits, folder: Path) -> None:
+    """Fit the scorer on what the stages answer; the head is that of the ``exact`` classifier stage, in fp32."""
+    run = StageRunner(open_stages(spec, stages), passes_needed(spec), spec.noise_source)
+    head = read_head(exact / "model.onnx", splits.fit[:BATCH].floats()) if spec.needs_head else NO_HEAD
+    fit_scorer(spec, run, splits, head).save(folder / "scorer.npz")
 
 
 def attack_report(spec: GuardSpec, protected: Protected, splits: Splits, bench: Workbench) -> Path:

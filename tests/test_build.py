@@ -253,7 +253,7 @@ def test_an_export_that_answers_otherwise_is_refused(guard):
 def test_an_ill_conditioned_mixture_is_refused(guard):
     scorer = Scorer.load(guard.repository / "mine_scorer" / "2" / "scorer.npz")
     assert sanity.scorer_problems(scorer) == []
-    scorer.detectors[0].mixtures[0].factors[0, 0, 0] *= 1e8
+    scorer.detectors[0].statistics[0].factors[0, 0, 0] *= 1e8
     with pytest.raises(NoisecError, match=r"detector noise-2: its mixture's covariance has condition .*, at most 1e\+10 will do"):
         sanity.refuse(sanity.scorer_problems(scorer), force=False)
 

@@ -61,7 +61,7 @@ SPECS = {
         lambda text: text.replace('view = "delta"', 'view = "logits"'),
         "detectors.1.view: Input should be 'noise', 'delta' or 'image'",
     ),
-    "a detector twice": (lambda text: text.replace('view = "delta"', 'view = "noise"'), r"detectors: listed twice: \['noise-1'\]"),
+    "a detector twice": (lambda text: text.replace('view = "delta"', 'view = "noise"'), r"detectors: listed twice: \['noise-mixture'\]"),
     "no detectors": (lambda text: "detectors = []\n" + text.split("[[detectors]]")[0], "detectors: Tuple should have at least 1 item"),
     "no levels": (
         lambda text: text.replace("noise_levels = 4", "noise_levels = 0"),

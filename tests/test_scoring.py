@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.spatial.distance import cdist, jensenshannon
+from scipy.special import log_softmax, softmax
 from scipy.stats import multivariate_normal
 from sklearn.mixture import GaussianMixture as SklearnMixture
+from sklearn.neighbors import KernelDensity as SklearnDensity
 
-from noisec.builders.calibrate import SURVIVALS, fit_mixture, fit_scale
+from noisec.builders.calibrate import (
+    MUTANTS,
+    NO_HEAD,
+    SURVIVALS,
+    fit_class_gaussian,
+    fit_density,
+    fit_dimension,
+    fit_mixture,
+    fit_mutation,
+    fit_scale,
+)
 from noisec.errors import NoisecError
-from noisec.python_backend.scorer.scoring import Detector, GaussianMixture, Scorer, conformal_p_values, conformal_threshold
+from noisec.python_backend.scorer.detectors import Divergence, GaussianMixture, Head, LogitGaussian, View
+from noisec.python_backend.scorer.scoring import Detector, Scorer, conformal_p_values, conformal_threshold
 
 
 @pytest.fixture
@@ -19,14 +33,18 @@ def vectors():
     return (generator.standard_normal((2000, 8)) @ mixing + generator.integers(0, 2, (2000, 1)) * 5).astype(np.float32)
 
 
-def a_scorer(vectors, alpha=0.05):
-    detectors = tuple(
-        Detector(
-            name, inputs, (fit_mixture(vectors, 1, 0), fit_mixture(vectors + 1, 1, 0)), (fit_scale(vectors[:, 0]), fit_scale(vectors[:, 1]))
-        )
-        for name, inputs in {"noise-1": ("NOISE_PENULTIMATE",), "delta-1": ("IMAGE_PENULTIMATE", "RECONSTRUCTION_PENULTIMATE")}.items()
-    )
-    return Scorer(3, alpha, np.array([0.1], np.float32), detectors, np.sort(vectors[:, 0]))
+def seen(*activations, head=NO_HEAD):
+    """Rows as a detector sees them; the head gives the first activations' classes."""
+    labels = head.logits(activations[0]).argmax(axis=1) if head is not NO_HEAD else np.zeros(len(activations[0]), np.intp)
+    return View(activations, labels, head)
+
+
+def a_scorer(vectors, alpha=0.05, fusion="fisher"):
+    statistics = (fit_mixture(vectors, 1, 0), fit_mixture(vectors + 1, 1, 0))
+    scales = tuple(fit_scale(statistic.score(seen(vectors))) for statistic in statistics)
+    inputs = {"noise-mixture": ("NOISE_PENULTIMATE",), "delta-mixture": ("IMAGE_PENULTIMATE", "RECONSTRUCTION_PENULTIMATE")}
+    detectors = tuple(Detector(name, "mixture", names, statistics, scales) for name, names in inputs.items())
+    return Scorer(3, alpha, fusion, np.array([0.1], np.float32), NO_HEAD, detectors, np.sort(vectors[:, 0]))
 
 
 def some_tensors(vectors, level=0.05):
@@ -44,7 +62,7 @@ def test_one_component_is_the_gaussian_of_the_paper(vectors):
     factor = np.linalg.cholesky(np.linalg.inv(covariance))
     mixture = GaussianMixture(np.ones(1, np.float32), vectors.mean(axis=0)[None], factor[None].astype(np.float32))
     expected = -multivariate_normal(vectors.mean(axis=0), covariance).logpdf(vectors)
-    assert np.allclose(mixture.score(vectors), expected, rtol=1e-4, atol=1e-3)
+    assert np.allclose(mixture.score(seen(vectors)), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_a_mixture_scores_like_scikit_learns(vectors):
@@ -52,13 +70,76 @@ def test_a_mixture_scores_like_scikit_learns(vectors):
     mixture = GaussianMixture(
         fitted.weights_.astype(np.float32), fitted.means_.astype(np.float32), fitted.precisions_cholesky_.astype(np.float32)
     )
-    assert np.allclose(mixture.score(vectors), -fitted.score_samples(vectors), rtol=1e-3, atol=2e-3)
+    assert np.allclose(mixture.score(seen(vectors)), -fitted.score_samples(vectors), rtol=1e-3, atol=2e-3)
 
 
 def test_a_fitted_mixture_covers_what_it_was_fitted_on(vectors):
     one, two = fit_mixture(vectors, 1, 0), fit_mixture(vectors, 2, 0)
     assert two.weights.sum() == pytest.approx(1)
-    assert two.score(vectors).mean() < one.score(vectors).mean() < one.score(vectors + 20).mean()
+    assert two.score(seen(vectors)).mean() < one.score(seen(vectors)).mean() < one.score(seen(vectors + 20)).mean()
+
+
+@pytest.fixture(params=[False, True], ids=["linear", "rectified"])
+def head(request):
+    generator = np.random.default_rng(1)
+    return Head(generator.standard_normal((8, 3)).astype(np.float32), np.array([0, 0.5, 1], np.float32), np.array(request.param))
+
+
+def test_the_distance_from_the_predicted_class_is_mahalanobis(vectors, head):
+    view = seen(vectors, head=head)
+    fitted = fit_class_gaussian(view)
+    assert len(set(view.labels)) == 3
+    means = np.stack([vectors[view.labels == label].mean(axis=0) for label in range(3)])
+    inverse = fitted.factor @ fitted.factor.T
+    expected = [(row - means[label]) @ inverse @ (row - means[label]) for row, label in zip(vectors, view.labels, strict=True)]
+    assert np.allclose(fitted.score(view), expected, rtol=1e-3)
+    moved = fitted.score(View((vectors,), (view.labels + 1) % 3, head))
+    assert moved.mean() > 1.1 * np.mean(expected)
+
+
+def test_the_divergence_is_jensen_and_shannons(vectors, head):
+    first, second = vectors[:200], vectors[200:400]
+    found = Divergence(np.array(2.0, np.float32)).score(seen(first, second, head=head))
+    answers = [softmax(head.logits(part).astype(np.float64) / 2, axis=1) for part in (first, second)]
+    assert np.allclose(found, jensenshannon(*answers, axis=1) ** 2, atol=1e-5)
+    assert np.abs(Divergence(np.array(1.0, np.float32)).score(seen(first, first, head=head))).max() < 1e-6
+
+
+def test_the_density_is_that_of_kernels_on_the_predicted_class(vectors, head):
+    view = seen(vectors, head=head)
+    fitted = fit_density(view, 0)
+    width = float(fitted.bandwidth)
+    normalise = 8 * np.log(width) + 4 * np.log(2 * np.pi)
+    for label in range(3):
+        rows = view.labels == label
+        exact = SklearnDensity(bandwidth=width).fit(fitted.points[label].astype(np.float64))
+        assert np.allclose(fitted.score(view[rows]) + normalise, -exact.score_samples(vectors[rows]), rtol=1e-3, atol=1e-2)
+
+
+def test_the_local_dimension_follows_its_formula_and_finds_a_plane(vectors):
+    fitted = fit_dimension(seen(vectors), 0)
+    away = vectors[:50] + np.float32(0.3)
+    distances = np.sort(cdist(away, fitted.points), axis=1)[:, :20]
+    assert np.allclose(fitted.score(seen(away)), -1 / np.log(distances / distances[:, -1:]).mean(axis=1), rtol=5e-3)
+    flat = np.random.default_rng(0).standard_normal((2000, 8)).astype(np.float32) * np.array([1, 1] + [1e-3] * 6, np.float32)
+    plane = fit_dimension(seen(flat), 0)
+    assert plane.score(seen(flat[:300] + np.float32(1e-4))).mean() < 3 < 5 < fitted.score(seen(away)).mean()
+
+
+def test_mutants_of_the_head_are_one_product_and_both_sides_count(vectors, head):
+    view = seen(vectors, head=head)
+    fitted = fit_mutation(view, 0)
+    inputs = head.inputs(vectors).astype(np.float64)
+    kept = np.zeros(len(vectors))
+    for mutant in range(MUTANTS):
+        columns = slice(3 * mutant, 3 * mutant + 3)
+        probabilities = np.exp(log_softmax(inputs @ fitted.weights[:, columns] + fitted.bias[columns], axis=1))
+        kept += probabilities[np.arange(len(vectors)), view.labels] / MUTANTS
+    assert np.allclose(1 / (1 + np.exp(fitted.rate(view))), kept, atol=1e-5)
+    rates, scores = fitted.rate(view), fitted.score(view)
+    middle = scores[np.abs(rates - np.median(rates)).argsort()[:100]].max()
+    assert scores[rates.argmin()] > middle
+    assert scores[rates.argmax()] > middle
 
 
 def test_a_scale_is_strictly_increasing_and_reads_off_clean_shares():
@@ -121,6 +202,28 @@ def test_what_is_out_of_range_is_malicious(vectors, flag):
     verdict = scorer.verdict(tensors)
     assert verdict.is_malicious[7]
     assert np.isnan(verdict.score[7])
+
+
+def test_fusion_adds_surprisals_or_takes_the_largest(vectors):
+    middle = vectors.mean(axis=0, keepdims=True)
+    tensors = some_tensors(np.concatenate([middle, vectors, middle]))
+    scorer = a_scorer(vectors)
+    each = scorer.score_each(tensors)
+    assert len(each) == 2
+    assert (each[0] < 0).any()  # no detector's calm makes up for another's alarm
+    assert np.allclose(scorer.score(tensors), np.maximum(each, 0).sum(axis=0))
+    assert np.array_equal(a_scorer(vectors, fusion="tippett").score(tensors), each.max(axis=0))
+
+
+def test_the_change_in_logits_is_measured_from_the_predicted_class(vectors, head):
+    first, second = vectors[:1000], vectors[1000:]
+    view = seen(first, second, head=head)
+    fitted = fit_class_gaussian(view, LogitGaussian)
+    change = head.logits(first) - head.logits(second)
+    assert fitted.means.shape == (3, 3)
+    centred = change - fitted.means[view.labels]
+    expected = np.einsum("nd,de,ne->n", centred, fitted.factor @ fitted.factor.T, centred)
+    assert np.allclose(fitted.score(view), expected, rtol=1e-3)
 
 
 def test_each_row_is_scored_by_its_own_noise_level(vectors):

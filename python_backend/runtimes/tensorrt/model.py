@@ -72,7 +72,7 @@ def _load(args: dict[str, str], config: dict[str, Any]) -> Plan:
 def _read(tensor: Any) -> Tensor:
     import torch
 
-    return torch.from_numpy(tensor.as_numpy()) if tensor.is_cpu() else torch.from_dlpack(tensor.to_dlpack())
+    return torch.from_numpy(tensor.as_numpy()) if tensor.is_cpu() else torch.utils.dlpack.from_dlpack(tensor.to_dlpack())
 
 
 def _join(parts: list[Tensor]) -> Tensor:
