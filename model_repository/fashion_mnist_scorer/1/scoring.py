@@ -7,44 +7,22 @@ NumPy only, because that is what a stock Triton container has. Arrays go in and 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float32]
-Integers = npt.NDArray[np.intp]
+from .detectors import STATISTICS, WITH_HEAD, Floats, Head, Integers, Statistic, View
 
 NOISE_LEVEL = "NOISE_LEVEL"
 IN_RANGE = "IN_RANGE"
 """tensors of the autoencoder stage that every scorer reads, float32 [n, 1]"""
+IMAGE_PENULTIMATE = "IMAGE_PENULTIMATE"
+"""the image's penultimate activations, from which the head gives the predicted class"""
 
-Part = TypeVar("Part", "GaussianMixture", "TailScale")
-
-
-@dataclass(frozen=True)
-class GaussianMixture:
-    """A Gaussian mixture with full covariances (NoiSec section 4.3; the paper uses one component)."""
-
-    weights: Floats
-    """[K], summing to 1"""
-    means: Floats
-    """[K, d]"""
-    factors: Floats
-    """[K, d, d], lower triangular: ``factor @ factor.T`` is the inverse covariance"""
-
-    def score(self, vectors: Floats) -> Floats:
-        """Negative log-likelihood ``-log p(t)``: float32 [n] in nats from float32 [n, d]; NaN where the vector is not finite."""
-        whitened = np.matmul(vectors[None] - self.means[:, None], self.factors)  # [K, n, d]
-        squared = np.einsum("knd,knd->kn", whitened, whitened)
-        log_determinants = np.log(np.diagonal(self.factors, axis1=1, axis2=2)).sum(axis=1)  # [K]
-        constants = np.log(self.weights) + log_determinants - 0.5 * vectors.shape[1] * np.log(2 * np.pi)
-        joint = constants[:, None] - 0.5 * squared
-        peak = joint.max(axis=0)
-        result: Floats = -(peak + np.log(np.exp(joint - peak).sum(axis=0))).astype(np.float32)
-        return result
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -72,41 +50,40 @@ class TailScale:
 
 @dataclass(frozen=True)
 class Detector:
-    """Mixtures on one view, one for each noise level.
+    """One kind of statistic of one view, fitted for each noise level.
 
-    Clean images leave almost no noise, sensor noise leaves some: one mixture for both would call every noisy image unnatural, or hide
-    small perturbations of clean ones. Each input is therefore compared with natural inputs of its own noise level, and the scales make
-    the levels' scores comparable.
+    Clean images leave almost no noise, sensor noise leaves some: one fit for both would call every noisy image unnatural, or hide small
+    perturbations of clean ones. Each input is therefore compared with natural inputs of its own noise level, and the scales make the
+    levels' and the detectors' scores comparable.
     """
 
     name: str
+    kind: str
+    """one of ``STATISTICS``"""
     inputs: tuple[str, ...]
     """tensors that the view reads: one is taken as it is, of two the second is subtracted from the first"""
-    mixtures: tuple[GaussianMixture, ...]
+    statistics: tuple[Statistic, ...]
     """[L]"""
     scales: tuple[TailScale, ...]
     """[L]"""
 
-    def view(self, activations: Mapping[str, Floats]) -> Floats:
-        """float32 [n, d]: F(n), F(x), or the noise measured in feature space, dF = F(x) - F(A(x))."""
-        first, *rest = (activations[name] for name in self.inputs)
-        return first - rest[0] if rest else first
+    def view(self, tensors: Mapping[str, Floats], labels: Integers, head: Head) -> View:
+        """The rows that this detector looks at; ``tensors``: name -> float32 [n, d]."""
+        return View(tuple(tensors[name] for name in self.inputs), labels, head)
 
-    def score(self, activations: Mapping[str, Floats], levels: Integers) -> Floats:
-        """Surprisal of the view among natural inputs of the same noise level.
+    def score(self, view: View, levels: Integers) -> Floats:
+        """Surprisal among natural inputs of the same noise level.
 
         Args:
-            activations: tensor name -> float32 [n, d]
             levels: int [n], in [0, L)
 
         Returns:
             float32 [n] in nats, NaN where the activations are not finite
         """
-        vectors = self.view(activations)
-        result = np.empty(len(vectors), np.float32)
+        result = np.empty(len(levels), np.float32)
         for level in np.unique(levels):
             rows = levels == level
-            result[rows] = self.scales[level](self.mixtures[level].score(vectors[rows]))
+            result[rows] = self.scales[level](self.statistics[level].score(view[rows]))
         return result
 
 
@@ -166,8 +143,12 @@ class Scorer:
     release: int
     alpha: float
     """nominal false-positive rate"""
+    fusion: str
+    """``fisher`` or ``tippett``"""
     edges: Floats
     """[L - 1], root mean square noise that parts the levels, ascending"""
+    head: Head
+    """of the classifier; without rows where no detector needs it"""
     detectors: tuple[Detector, ...]
     calibration: Floats
     """[m], scores of the calibration images, ascending"""
@@ -175,7 +156,12 @@ class Scorer:
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the tensors to feed: float32 [n, d] for each classifier pass, and [n, 1] NOISE_LEVEL and IN_RANGE."""
-        return tuple(dict.fromkeys([*(name for detector in self.detectors for name in detector.inputs), NOISE_LEVEL, IN_RANGE]))
+        image = (IMAGE_PENULTIMATE,) if self.needs_head else ()
+        return tuple(dict.fromkeys([*(name for detector in self.detectors for name in detector.inputs), *image, NOISE_LEVEL, IN_RANGE]))
+
+    @property
+    def needs_head(self) -> bool:
+        return any(detector.kind in WITH_HEAD for detector in self.detectors)
 
     @property
     def threshold(self) -> np.float32:
@@ -185,13 +171,22 @@ class Scorer:
         """Every detector's surprisal: float32 [number of detectors, n] in nats, NaN where the input is no image."""
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             levels = np.searchsorted(self.edges, tensors[NOISE_LEVEL][:, 0], side="right")
-            scores = np.stack([detector.score(tensors, levels) for detector in self.detectors])
+            labels = self.labels(tensors)
+            scores = np.stack([detector.score(detector.view(tensors, labels, self.head), levels) for detector in self.detectors])
         # A NaN in the image need not survive the networks (ReLU and max pooling may drop it); the range flag does.
         scores[:, tensors[IN_RANGE][:, 0] != 1] = np.nan
         return scores
 
+    def labels(self, tensors: Mapping[str, Floats]) -> Integers:
+        """The predicted classes, int [n]; zeros where no detector asks for them."""
+        if not self.needs_head:
+            return np.zeros(len(tensors[NOISE_LEVEL]), np.intp)
+        labels: Integers = self.head.logits(tensors[IMAGE_PENULTIMATE]).argmax(axis=1)
+        return labels
+
     def score(self, tensors: Mapping[str, Floats]) -> Floats:
-        """The fused score: the most surprised detector's surprisal (Tippett's rule on the detectors' p-values).
+        """The fused score: the sum of the detectors' surprisals (Fisher's method on their p-values, none above 1), or the largest of them
+        (Tippett's). Detectors that look at the same input are not independent, so the sum's own distribution is calibrated afterwards.
 
         Args:
             tensors: name -> float32 [n, d] or [n, 1], as ``inputs`` lists them
@@ -199,7 +194,8 @@ class Scorer:
         Returns:
             float32 [n], NaN where any detector's is
         """
-        fused: Floats = self.score_each(tensors).max(axis=0)
+        each = self.score_each(tensors)
+        fused: Floats = np.maximum(each, 0).sum(axis=0) if self.fusion == "fisher" and len(each) > 1 else each.max(axis=0)
         return fused
 
     def verdict(self, tensors: Mapping[str, Floats]) -> Verdict:
@@ -212,14 +208,17 @@ class Scorer:
         arrays: dict[str, npt.NDArray[Any]] = {
             "release": np.array(self.release, np.int32),
             "alpha": np.array(self.alpha),
+            "fusion": np.array(self.fusion),
             "edges": self.edges,
             "detectors": np.array([detector.name for detector in self.detectors]),
             "calibration": self.calibration,
+            **{f"head/{key}": value for key, value in vars(self.head).items()},
         }
         for detector in self.detectors:
             arrays[f"{detector.name}/inputs"] = np.array(detector.inputs)
-            for level, (mixture, scale) in enumerate(zip(detector.mixtures, detector.scales, strict=True)):
-                arrays |= {f"{detector.name}/{level}/{key}": value for part in (mixture, scale) for key, value in vars(part).items()}
+            arrays[f"{detector.name}/kind"] = np.array(detector.kind)
+            for level, (statistic, scale) in enumerate(zip(detector.statistics, detector.scales, strict=True)):
+                arrays |= {f"{detector.name}/{level}/{key}": value for part in (statistic, scale) for key, value in vars(part).items()}
         np.savez(path, **arrays)
 
     @classmethod
@@ -234,18 +233,18 @@ class Scorer:
         edges = arrays["edges"]
 
         def read(kind: type[Part], prefix: str) -> Part:
-            return kind(**{key: arrays[f"{prefix}/{key}"] for key in kind.__dataclass_fields__})
+            return kind(**{field.name: arrays[f"{prefix}/{field.name}"] for field in fields(kind)})  # type: ignore[arg-type]
 
-        detectors = tuple(
-            Detector(
-                name,
-                tuple(map(str, arrays[f"{name}/inputs"])),
-                tuple(read(GaussianMixture, f"{name}/{level}") for level in range(len(edges) + 1)),
-                tuple(read(TailScale, f"{name}/{level}") for level in range(len(edges) + 1)),
-            )
-            for name in map(str, arrays["detectors"])
-        )
-        scorer = cls(int(arrays["release"]), float(arrays["alpha"]), edges, detectors, arrays["calibration"])
+        def detector(name: str) -> Detector:
+            kind = str(arrays[f"{name}/kind"])
+            levels = [f"{name}/{level}" for level in range(len(edges) + 1)]
+            statistics: tuple[Statistic, ...] = tuple(read(STATISTICS[kind], level) for level in levels)
+            scales = tuple(read(TailScale, level) for level in levels)
+            return Detector(name, kind, tuple(map(str, arrays[f"{name}/inputs"])), statistics, scales)
+
+        detectors = tuple(detector(name) for name in map(str, arrays["detectors"]))
+        head, alpha, fusion = read(Head, "head"), float(arrays["alpha"]), str(arrays["fusion"])
+        scorer = cls(int(arrays["release"]), alpha, fusion, edges, head, detectors, arrays["calibration"])
         scorer.check()
         return scorer
 
@@ -260,13 +259,15 @@ class Scorer:
             raise ValueError("calibration scores have to be finite and ascending")
         if not 0 < self.alpha < 1:
             raise ValueError(f"alpha is {self.alpha}; it has to lie between 0 and 1")
+        if self.fusion not in ("fisher", "tippett"):
+            raise ValueError(f"fusion is {self.fusion!r}; it has to be fisher or tippett")
         if not self.detectors:
             raise ValueError("there is no detector")
         if not (np.diff(self.edges) > 0).all():
             raise ValueError(f"noise levels {self.edges} have to ascend")
         for detector in self.detectors:
-            for mixture, scale in zip(detector.mixtures, detector.scales, strict=True):
-                if not all(np.isfinite(array).all() for array in (*vars(mixture).values(), *vars(scale).values())):
+            for statistic, scale in zip(detector.statistics, detector.scales, strict=True):
+                if not all(np.isfinite(array).all() for array in (*vars(statistic).values(), *vars(scale).values())):
                     raise ValueError(f"detector {detector.name} has values that are not finite")
                 if not ((np.diff(scale.scores) > 0).all() and (np.diff(scale.surprisals) > 0).all()):
                     raise ValueError(f"the scale of detector {detector.name} does not ascend")

@@ -1,0 +1,246 @@
+"""What a detector computes of penultimate activations: the higher, the less natural.
+
+NumPy only. ``n`` is the number of rows, ``d`` the width of the penultimate layer, ``C`` the number of classes, ``K`` the number of
+Gaussian components, ``M`` of mutants and ``m`` of reference points. Every statistic gives NaN where the activations are not finite.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class Head:
+    """The classifier's last layer: from penultimate activations to logits without a network pass."""
+
+    weights: Floats
+    """[d, C]"""
+    bias: Floats
+    """[C]"""
+    rectified: npt.NDArray[np.bool_]
+    """[], whether a ReLU comes first: the penultimate activations are then those before it"""
+
+    def inputs(self, activations: Floats) -> Floats:
+        """What the last layer reads: float32 [n, d] from float32 [n, d]."""
+        rectified: Floats = np.maximum(activations, 0) if self.rectified else activations
+        return rectified
+
+    def logits(self, activations: Floats) -> Floats:
+        """float32 [n, C] from float32 [n, d]"""
+        result: Floats = self.inputs(activations) @ self.weights + self.bias
+        return result
+
+
+@dataclass(frozen=True)
+class View:
+    """Rows as one detector sees them."""
+
+    activations: tuple[Floats, ...]
+    """one or two of [n, d]: one is taken as it is, of two the second is subtracted from the first"""
+    labels: Integers
+    """[n], the class that the classifier gives the image"""
+    head: Head
+
+    @property
+    def vectors(self) -> Floats:
+        """float32 [n, d]: F(n), F(x), or the noise measured in feature space, dF = F(x) - F(A(x))."""
+        first, *rest = self.activations
+        return first - rest[0] if rest else first
+
+    def __getitem__(self, rows: npt.NDArray[np.bool_]) -> View:
+        return View(tuple(part[rows] for part in self.activations), self.labels[rows], self.head)
+
+
+class Statistic(Protocol):
+    """A fitted statistic: a dataclass of arrays."""
+
+    def score(self, view: View) -> Floats:
+        """float32 [n]"""
+
+
+@dataclass(frozen=True)
+class GaussianMixture:
+    """A Gaussian mixture with full covariances (NoiSec section 4.3; the paper uses one component)."""
+
+    weights: Floats
+    """[K], summing to 1"""
+    means: Floats
+    """[K, d]"""
+    factors: Floats
+    """[K, d, d], lower triangular: ``factor @ factor.T`` is the inverse covariance"""
+
+    def score(self, view: View) -> Floats:
+        """Negative log-likelihood ``-log p(t)`` in nats."""
+        vectors = view.vectors
+        whitened = np.matmul(vectors[None] - self.means[:, None], self.factors)  # [K, n, d]
+        squared = np.einsum("knd,knd->kn", whitened, whitened)
+        log_determinants = np.log(np.diagonal(self.factors, axis1=1, axis2=2)).sum(axis=1)  # [K]
+        constants = np.log(self.weights) + log_determinants - 0.5 * vectors.shape[1] * np.log(2 * np.pi)
+        joint = constants[:, None] - 0.5 * squared
+        peak = joint.max(axis=0)
+        result: Floats = -(peak + np.log(np.exp(joint - peak).sum(axis=0))).astype(np.float32)
+        return result
+
+
+@dataclass(frozen=True)
+class ClassGaussian:
+    """Squared Mahalanobis distance from the predicted class, with one covariance for all (Lee et al. 2018, section 2.1)."""
+
+    means: Floats
+    """[C, d]"""
+    factor: Floats
+    """[d, d], lower triangular: ``factor @ factor.T`` is the inverse covariance"""
+
+    @staticmethod
+    def vectors(view: View) -> Floats:
+        """What is measured: float32 [n, d]."""
+        return view.vectors
+
+    def score(self, view: View) -> Floats:
+        whitened = (self.vectors(view) - self.means[view.labels]) @ self.factor
+        result: Floats = np.einsum("nd,nd->n", whitened, whitened)
+        return result
+
+
+@dataclass(frozen=True)
+class LogitGaussian(ClassGaussian):
+    """The same of the logits' change from reconstruction to image: of all that the noise does to the features, what moves the answer."""
+
+    @staticmethod
+    def vectors(view: View) -> Floats:
+        """float32 [n, C]"""
+        first, second = (view.head.logits(part) for part in view.activations)
+        return first - second
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Jensen-Shannon divergence of the classifier's answers to the image and to its reconstruction (MagNet, section 4.2)."""
+
+    temperature: Floats
+    """[]; both logits are divided by it"""
+
+    def score(self, view: View) -> Floats:
+        """In nats, between 0 and log 2; of two alike answers it is 0 but for rounding."""
+        first, second = (softmax(view.head.logits(part) / self.temperature) for part in view.activations)
+        middle = (first + second) / 2
+        result: Floats = (_relative_entropy(first, middle) + _relative_entropy(second, middle)) / 2
+        return result
+
+
+@dataclass(frozen=True)
+class KernelDensity:
+    """Negative log density of Gaussian kernels on clean activations of the predicted class (Feinman et al. 2017, section 5.1)."""
+
+    points: Floats
+    """[C, m, d]"""
+    bandwidth: Floats
+    """[], the kernels' standard deviation"""
+
+    def score(self, view: View) -> Floats:
+        """In nats, up to a constant."""
+        vectors = view.vectors
+        result = np.empty(len(vectors), np.float32)
+        for label in np.unique(view.labels):
+            rows = view.labels == label
+            exponents = -squared_distances(vectors[rows], self.points[label]) / (2 * self.bandwidth**2)
+            peak = exponents.max(axis=1)
+            result[rows] = -(peak + np.log(np.exp(exponents - peak[:, None]).mean(axis=1)))
+        return result
+
+
+@dataclass(frozen=True)
+class LocalDimension:
+    """Local intrinsic dimensionality around the activations among clean ones (Ma et al. 2018, equation 4)."""
+
+    points: Floats
+    """[m, d]"""
+    neighbours: Integers
+    """[], how many count"""
+
+    def score(self, view: View) -> Floats:
+        """``-1 / mean(log(r_i / r_k))`` over the k nearest distances."""
+        squared = squared_distances(view.vectors, self.points)
+        nearest = np.sort(np.partition(squared, int(self.neighbours) - 1, axis=1)[:, : int(self.neighbours)], axis=1)
+        ratios = np.log(np.maximum(nearest, np.float32(1e-12)) / np.maximum(nearest[:, -1:], np.float32(1e-12))) / 2
+        result: Floats = -1 / np.minimum(ratios.mean(axis=1), np.float32(-1e-6))
+        return result
+
+
+@dataclass(frozen=True)
+class HeadMutation:
+    """How often the label changes when the last layer is mutated, against what is usual (model sensitivity, arXiv 2006.14871).
+
+    Adversarial inputs change label more often than clean ones, backdoored inputs less often: both sides count. The rate is the mutants'
+    mean probability of another label, which unlike a count of labels takes every value.
+    """
+
+    weights: Floats
+    """[d, M * C], all mutants beside each other"""
+    bias: Floats
+    """[M * C]"""
+    centre: Floats
+    """[], the clean images' median logit of the rate"""
+    spreads: Floats
+    """[2], their usual deviation below and above it"""
+
+    def rate(self, view: View) -> Floats:
+        """Logit of the mean probability of another label: float32 [n]."""
+        logits = view.head.inputs(view.activations[0]) @ self.weights + self.bias
+        classes = view.head.bias.shape[0]
+        probabilities = softmax(logits.reshape(len(logits), -1, classes))
+        kept = np.take_along_axis(probabilities, view.labels[:, None, None], axis=2)[:, :, 0].mean(axis=1)
+        tiny = np.float32(1e-7)
+        result: Floats = np.log((1 - kept + tiny) / (kept + tiny))
+        return result
+
+    def score(self, view: View) -> Floats:
+        difference = self.rate(view) - self.centre
+        result: Floats = np.abs(difference) / np.where(difference < 0, self.spreads[0], self.spreads[1])
+        return result
+
+
+def softmax(logits: Floats) -> Floats:
+    """Along the last axis."""
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    result: Floats = powers / powers.sum(axis=-1, keepdims=True)
+    return result
+
+
+def _relative_entropy(first: Floats, second: Floats) -> Floats:
+    """Kullback-Leibler divergence float32 [n] of rows [n, C]."""
+    tiny = np.float32(1e-30)
+    result: Floats = (first * np.log((first + tiny) / (second + tiny))).sum(axis=1)
+    return result
+
+
+def squared_distances(vectors: Floats, points: Floats) -> Floats:
+    """float32 [n, m] from float32 [n, d] and [m, d]"""
+    squared = np.einsum("nd,nd->n", vectors, vectors)[:, None] - 2 * vectors @ points.T + np.einsum("md,md->m", points, points)
+    # A NaN must stay one: np.maximum keeps it.
+    result: Floats = np.maximum(squared, 0)
+    return result
+
+
+STATISTICS: MappingProxyType[str, type] = MappingProxyType(
+    {
+        "mixture": GaussianMixture,
+        "class-gaussian": ClassGaussian,
+        "logit-gaussian": LogitGaussian,
+        "divergence": Divergence,
+        "density": KernelDensity,
+        "dimension": LocalDimension,
+        "mutation": HeadMutation,
+    }
+)
+"""kind of a detector -> its statistic"""
+WITH_HEAD = frozenset({"class-gaussian", "logit-gaussian", "divergence", "density", "mutation"})
+"""kinds that need the predicted class, and so the image's activations and the classifier's head"""
