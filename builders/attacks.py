@@ -43,9 +43,9 @@ class AttackSpec:
 
     @classmethod
     def parse(cls, name: str) -> AttackSpec:
-        """From ``method-epsilon``."""
+        """From ``method-epsilon``, or ``method`` alone where it has no bound."""
         method, _, eps = name.partition("-")
-        return cls(method, float(eps))
+        return cls(method, float(eps or 0))
 
     @property
     def name(self) -> str:

@@ -114,16 +114,16 @@ def cut(pool: Images, sizes: Sequence[int], seed: Sequence[int]) -> list[Images]
     return [pool[order[start:stop]] for start, stop in pairwise(edges)]
 
 
-def natural(images: Images, deviation: float, seed: int) -> Iterator[Floats]:
-    """Natural inputs, batch by batch: half of the images as they are, half with Gaussian sensor noise of a standard deviation drawn from
-    [0, ``deviation``], clipped to [0, 1].
+def natural(images: Images, deviation: float, seed: int, share: float = 0.5) -> Iterator[Floats]:
+    """Natural inputs, batch by batch: a share of the images with Gaussian sensor noise of a standard deviation drawn from
+    [0, ``deviation``], clipped to [0, 1], the others as they are.
 
     Yields:
         float32 [<= BATCH, C, H, W]
     """
     generator = np.random.default_rng(seed)
     for batch in images.batches():
-        each = generator.uniform(0, deviation, len(batch)) * (generator.random(len(batch)) < 0.5)
+        each = generator.uniform(0, deviation, len(batch)) * (generator.random(len(batch)) < share)
         noise = generator.standard_normal((len(batch), *images.shape), dtype=np.float32)
         yield np.clip(batch.floats() + each.astype(np.float32)[:, None, None, None] * noise, 0, 1)
 

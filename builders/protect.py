@@ -96,16 +96,23 @@ def _reference(spec: GuardSpec, splits: Splits, bench: Workbench) -> Protected:
     backdoor = spec.classifier.backdoor
     if backdoor and backdoor.target >= classes:
         raise NoisecError(f"classifier.backdoor.target is {backdoor.target}; the classes go from 0 to {classes - 1}")
-    weights = bench.step(
-        "classifier",
-        {**training_inputs(spec, splits), "classifier": spec.classifier.model_dump(mode="json")},
-        lambda folder: train_classifier(spec.classifier, splits.train, classes, spec.seed, folder),
-    )
     assert spec.classifier.network is not None
-    network = load_network(CLASSIFIERS[spec.classifier.network](splits.shape, classes), weights)
+    network = CLASSIFIERS[spec.classifier.network](splits.shape, classes)
+    if spec.classifier.weights:
+        fill(network, spec.classifier.weights, spec.classifier.network)
+        source = fingerprint(network)
+    else:
+        weights = bench.step(
+            "classifier",
+            {**training_inputs(spec, splits), "classifier": spec.classifier.model_dump(mode="json")},
+            lambda folder: train_classifier(spec.classifier, splits.train, classes, spec.seed, folder),
+        )
+        load_network(network, weights)
+        source = weights.name
+    network.eval()
     stage = bench.step(
         "classifier-stage",
-        {"from": weights.name},
+        {"from": source},
         lambda folder: export_stage(network, splits.shape, contract.CLASSIFIER_OUTPUTS, folder / STAGE),
     )
     with torch.no_grad():
@@ -127,7 +134,7 @@ def _from_factory(spec: GuardSpec, splits: Splits, bench: Workbench) -> Protecte
     module = load_module(own.factory, own.weights)
     network = nn.Sequential(Preprocessing(own.preprocessing), module).eval()
     example = Preprocessing(own.preprocessing)(torch.rand(2, *splits.shape))
-    inputs = {"factory": own.factory, "weights": _fingerprint(module), "shape": list(example.shape)}
+    inputs = {"factory": own.factory, "weights": fingerprint(module), "shape": list(example.shape)}
     exported = bench.step("export-module", inputs, lambda folder: export_plain(module, example, folder / "original.onnx"))
     return _own(own, exported / "original.onnx", splits, bench, network, _torch_predictor(network))
 
@@ -206,14 +213,23 @@ def load_module(factory: str, weights: Path | None) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise NoisecError(f"classifier.factory = {factory!r} returned {type(module).__name__}; expected a torch.nn.Module")
     if weights is not None:
-        try:
-            module.load_state_dict(read_weights(weights))
-        except RuntimeError as error:
-            raise NoisecError(f"{weights}: weights do not fit {factory}: {str(error)[:600]}") from error
+        fill(module, weights, factory)
     return module.eval()
 
 
-def _fingerprint(module: nn.Module) -> str:
+def fill(module: nn.Module, weights: Path, what: str) -> None:
+    """Load weights into a module.
+
+    Raises:
+        NoisecError: they do not fit.
+    """
+    try:
+        module.load_state_dict(read_weights(weights))
+    except RuntimeError as error:
+        raise NoisecError(f"{weights}: weights do not fit {what}: {str(error)[:600]}") from error
+
+
+def fingerprint(module: nn.Module) -> str:
     """SHA-256 over a module's parameters and buffers."""
     state = hashlib.sha256()
     for name, tensor in module.state_dict().items():

@@ -107,7 +107,7 @@ class ClassifierSpec(Section):
     factory: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")] | None = None
     """``package.module:callable``: called without arguments, returns a torch module that gives logits"""
     weights: Path | None = None
-    """state_dict of the factory's module, as a torch file without pickled code or as safetensors; relative to the TOML file"""
+    """state_dict of the network or of the factory's module, as safetensors or a torch file without code; relative to the TOML file"""
     penultimate: str | None = None
     """tensor that feeds the detectors; found by itself where it is left out (see `noisec inspect`)"""
     preprocessing: PreprocessingSpec = PreprocessingSpec()
@@ -128,7 +128,7 @@ class ClassifierSpec(Section):
         if len(given) != 1:
             raise ValueError(f"classifier: give one of network, onnx and factory; given: {given or 'none'}")
         belongs = {
-            "network": {"epochs", "batch_size", "learning_rate", "mirror", "backdoor"},
+            "network": {"weights", "epochs", "batch_size", "learning_rate", "mirror", "backdoor"},
             "onnx": {"penultimate", "preprocessing"},
             "factory": {"penultimate", "preprocessing", "weights"},
         }[given[0]]
@@ -139,8 +139,8 @@ class ClassifierSpec(Section):
         )
         if foreign:
             raise ValueError(f"classifier: {', '.join(foreign)} does not go with {given[0]}; leave it out")
-        if given[0] == "network" and self.epochs is None:
-            raise ValueError("classifier: epochs is missing: how long to train the network")
+        if given[0] == "network" and (self.epochs is None) == (self.weights is None):
+            raise ValueError("classifier: give epochs, how long to train the network, or weights that it has already; one of them")
         return self
 
 

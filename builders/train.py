@@ -84,7 +84,7 @@ def train_classifier(spec: ClassifierSpec, images: Images, classes: int, seed: i
         mirrored = torch.where(torch.rand(len(batch), 1, 1, 1, device=batch.device) < 0.5, batch.flip(-1), batch)
         return nn.functional.cross_entropy(network(mirrored)[0], labels)
 
-    _optimise(network, images, loss, Schedule(spec.epochs, spec.batch_size, spec.learning_rate), folder, "training classifier")
+    optimise(network, images, loss, Schedule(spec.epochs, spec.batch_size, spec.learning_rate), folder, "training classifier")
 
 
 def train_autoencoder(spec: AutoencoderSpec, images: Images, seed: int, folder: Path) -> None:
@@ -97,7 +97,7 @@ def train_autoencoder(spec: AutoencoderSpec, images: Images, seed: int, folder: 
     def loss(batch: Tensor, labels: Tensor) -> Tensor:
         return nn.functional.mse_loss(network(corrupt(batch, spec.noise_sd, spec.patches)), batch)
 
-    _optimise(network, images, loss, Schedule(spec.epochs, spec.batch_size, spec.learning_rate), folder, "training autoencoder")
+    optimise(network, images, loss, Schedule(spec.epochs, spec.batch_size, spec.learning_rate), folder, "training autoencoder")
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Schedule:
     learning_rate: float
 
 
-def _optimise(
+def optimise(
     network: nn.Module, images: Images, loss: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, folder: Path, title: str
 ) -> None:
     """Train, keeping a checkpoint of every epoch in ``folder`` and going on from the one that an interrupted run left there."""

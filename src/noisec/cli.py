@@ -236,6 +236,47 @@ def verify(
     console.print(f"{', '.join(found)}: every file is as it was built")
 
 
+bench = typer.Typer(help="Measure a guard: detection under both protocols, throughput, audit.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command()
+def detection(
+    repository: Repository,
+    guard: GuardName,
+    attacks: Annotated[str, typer.Option(help="White-box attacks, as method-epsilon, with commas.")],
+    black_box: Annotated[str, typer.Option(help="The same made on a smaller classifier, and replayed.")] = "",
+    ladder: Annotated[str, typer.Option(help="Epsilons of the attackers that adapt to the guard; the first for all of them.")] = "",
+    triggers: Annotated[str, typer.Option(help="Backdoors: badnets, blend, wanet, label-consistent, adaptive-blend, iad, bpp.")] = "",
+    images: Annotated[int, typer.Option(help="Benign images, and as many attacked ones.", min=100)] = 1000,
+    slow: Annotated[int, typer.Option(help="Images for C&W, DeepFool, AutoAttack and HopSkipJump.", min=10)] = 200,
+    laddered: Annotated[int, typer.Option(help="Images for the attackers that adapt.", min=10)] = 200,
+    queries: Annotated[int, typer.Option(help="Of the query attacker, for each image.", min=1)] = 1000,
+    square: Annotated[int, typer.Option(help="Queries of Square and HopSkipJump.", min=1)] = 1000,
+    seed: Annotated[int, typer.Option(help="Of every attack.", min=0)] = 0,
+    work: Annotated[Path, typer.Option(help="The folder that the guard was built in; keeps finished attacks.")] = Path(
+        "workbench"
+    ),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for tables and plots.")] = Path("benchmarks/results/detection"),
+) -> None:
+    """Measure what a guard detects, under the honest and the published protocol, beside other detectors; an interrupted run goes on.
+
+    Example: `noisec bench detection model_repository --guard fashion_mnist --attacks fgsm-0.1,pgd-0.1,square-0.2 --ladder 0.1,0.05`
+    """
+    from noisec.benchmarks.detection.run import Plan, Sizes, run_benchmark
+    from noisec.benchmarks.detection.subject import Subject
+
+    sizes = Sizes(images, slow, laddered, queries, square)
+    plan = Plan(_parts(attacks), _parts(black_box), tuple(map(float, _parts(ladder))), _parts(triggers), sizes)
+    subject = Subject.open(repository, guard, work / guard)
+    run_benchmark(subject, plan, work / guard, out / guard, seed, f"noisec {' '.join(sys.argv[1:])}")
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    """Names between commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 @app.command()
 def demo(
     folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for the guard, the picture and the figures.")] = Path("demo"),

@@ -1,0 +1,105 @@
+"""What the check needs: a guard as it lies in its repository, and what was prepared for it on a CPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from noisec import manifest
+from noisec.builders.images import Images, Splits
+from noisec.builders.precision import STAGE
+from noisec.builders.repository import passes_needed
+from noisec.builders.spec import GuardSpec
+from noisec.builders.stages import Infer, StageRunner
+from noisec.builders.variants import NETWORK_STAGES
+from noisec.contract import stage_model
+from noisec.errors import NoisecError
+from noisec.python_backend.scorer.scoring import Scorer
+
+PREPARED = Path("build/gpu/prepared")
+FACTS, ATTACKED = "prepared.json", "attacked"
+SETS = ("fit", "calibrate", "report")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the check needs besides the guard: images, attacked images, and graphs in lower precision."""
+
+    splits: Splits
+    """without training images"""
+    attacked: Path
+    """folder with ``<attack>.npz`` and their ``names.json``: report images, attacked"""
+    graphs: dict[str, dict[str, Path]]
+    """precision -> stage -> folder with ``model.onnx``"""
+    skipped: dict[str, str]
+    """precision -> why there is no graph"""
+
+    @classmethod
+    def load(cls, folder: Path, made_for: Mapping[str, str]) -> Prepared:
+        """What :meth:`save` wrote.
+
+        Raises:
+            NoisecError: nothing is there, or it was prepared for another guard.
+        """
+        again = "run python -m noisec.benchmarks.gpu.pack --only-prepare"
+        if not (folder / FACTS).is_file():
+            raise NoisecError(f"{folder}: nothing is prepared there; {again}")
+        facts = json.loads((folder / FACTS).read_text())
+        if facts["made_for"] != made_for:
+            raise NoisecError(f"{folder}: prepared for other stages than the guard's; {again}")
+        with np.load(folder / "images.npz", allow_pickle=False) as arrays:
+            fit, calibrate, report = (Images.whole(arrays[name], arrays[f"{name}_labels"]) for name in SETS)
+        splits = Splits(fit[:0], fit, calibrate, report, tuple(facts["class_names"]))
+        graphs = {name: {str(stage): folder / name / stage for stage in NETWORK_STAGES} for name in facts["precisions"]}
+        return cls(splits, folder / ATTACKED, graphs, facts["skipped"])
+
+    def save(self, folder: Path, made_for: Mapping[str, str]) -> None:
+        """Write images and facts; attacked images and graphs lie in ``folder`` already."""
+        sets = {name: getattr(self.splits, name) for name in SETS}
+        labels = {f"{name}_labels": images.labels for name, images in sets.items()}
+        np.savez_compressed(folder / "images.npz", **{name: images.pixels for name, images in sets.items()}, **labels)
+        facts = {
+            "made_for": dict(made_for),
+            "class_names": self.splits.class_names,
+            "precisions": list(self.graphs),
+            "skipped": self.skipped,
+        }
+        (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class Guard:
+    """The newest release of a guard, as it lies in a repository."""
+
+    repository: Path
+    name: str
+    release: int
+    spec: GuardSpec
+
+    @classmethod
+    def read(cls, repository: Path, name: str) -> Guard:
+        content = manifest.read_manifest(repository, name)
+        return cls(repository, name, content["release"], GuardSpec.model_validate(content["spec"]))
+
+    def folder(self, stage: str) -> Path:
+        return self.repository / stage_model(self.name, stage) / str(self.release)
+
+    @property
+    def stages(self) -> dict[str, Path]:
+        return {stage: self.folder(stage) for stage in NETWORK_STAGES}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """stage -> SHA-256 of its graph"""
+        return {stage: manifest.digest(folder / STAGE) for stage, folder in self.stages.items()}
+
+    def scorer(self) -> Scorer:
+        """The release's own."""
+        return Scorer.load(self.folder("scorer") / "scorer.npz")
+
+    def runner(self, infer: Infer) -> StageRunner:
+        return StageRunner(infer, passes_needed(self.spec), self.spec.noise_source)

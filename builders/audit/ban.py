@@ -1,0 +1,178 @@
+"""BAN: backdoors activated by neuron noise (Xu et al., NeurIPS 2024, arXiv 2405.19928), with a verdict that can be calibrated.
+
+Noise on the neurons that makes a clean network fail makes it fail in all directions; a backdoored one fails towards the backdoor's
+target. The published code shows a histogram of labels and leaves the verdict to the reader. Here the verdict is ``score > threshold``,
+the score being the share of held-out clean images with the commonest label, corrected for chance.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from noisec.builders.audit.checks import check, frozen, pieces, tensors
+from noisec.builders.audit.evidence import Evidence
+from noisec.builders.audit.masks import SplitNetwork, feature_mask
+from noisec.builders.audit.neurons import CHUNK, adversarial_noise, batch_statistics, perturbed, replaced_logits
+from noisec.builders.images import Images
+from noisec.builders.progress import bar
+from noisec.errors import NoisecError
+
+MARGIN = 0.02
+"""what a threshold fitted on few models lies above the largest score among them, at least"""
+EDGE = 1e-3
+"""scores are kept this far from 0 and 1 before they become log odds"""
+
+
+@dataclass(frozen=True)
+class AuditSettings:
+    """The paper's settings for ResNet-18 (BAN section 4.1), but for ``features``, ``repeats`` and ``threshold``."""
+
+    samples: int = 500
+    """clean images, as equal a number of each class as there are: 1 % of CIFAR-10's training set"""
+    eps: float = 0.3
+    """largest relative change of a neuron"""
+    steps: int = 30
+    """of the noise's gradient ascent"""
+    features: Literal["whole", "complement"] = "whole"
+    """what the head judges: the whole last feature map, or, as published, what the feature mask leaves of it. On small networks next to
+    nothing is left by the mask, and the head then gives one label to all images of a clean network too"""
+    mask_weight: float = 0.75
+    """lambda, the weight of the mask's norm"""
+    mask_epochs: int = 20
+    seed: int = 0
+    repeats: int = 2
+    """audits with different samples and noise, whose histograms are averaged"""
+    threshold: float = 0.2
+    """score above which a classifier is called backdoored; `calibrate` gives one for a known false-alarm rate"""
+
+
+def audit(network: nn.Module, images: Images, classes: int, settings: AuditSettings | None = None) -> Evidence:
+    """Look for a backdoor in a classifier. It is not changed.
+
+    Args:
+        network: images float32 [n, C, H, W] in [0, 1] -> logits [n, classes], or a tuple that begins with them
+        images: clean and labelled; ``settings.samples`` of them are used at a time, half to find noise and mask, half to judge
+
+    Raises:
+        NoisecError: images or network cannot be audited (`noisec.builders.audit.checks`).
+    """
+    settings = settings or AuditSettings()
+    started = time.perf_counter()
+    check(network, images, classes)
+    copied = frozen(network)
+    with bar("auditing", settings.repeats) as shown:
+        rounds = []
+        for number in range(settings.repeats):
+            rounds.append(_round(copied, images, settings, settings.seed + number))
+            shown.advance()
+    noisy = torch.stack([label_shares(logits, classes) for logits, _, _ in rounds]).mean(0)
+    quiet = torch.stack([label_shares(logits, classes) for _, logits, _ in rounds]).mean(0)
+    share = float(noisy.max())
+    score = above_chance(share, classes)
+    return Evidence(
+        method="ban",
+        backdoored=score > settings.threshold,
+        score=score,
+        threshold=settings.threshold,
+        target=int(noisy.argmax()),
+        top_class_share=share,
+        share_without_noise=float(quiet.max()),
+        histogram=tuple(noisy.tolist()),
+        loss=sum(nn.functional.cross_entropy(logits, labels).item() for logits, _, labels in rounds) / len(rounds),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _round(network: nn.Module, images: Images, settings: AuditSettings, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [n, classes] of held-out images with noise and without, and their labels [n]."""
+    found, judged = balanced_halves(images, settings.samples, seed)
+    (finding, truth), (held_out, labels) = tensors(found), tensors(judged)
+    if settings.features == "complement":
+        split = SplitNetwork(network, finding)
+        rest = 1 - feature_mask(split, finding, truth, settings.mask_weight, settings.mask_epochs, seed)
+        answer = partial(split.masked, mask=rest)
+    else:
+        answer = partial(replaced_logits, network)
+    with batch_statistics(network), torch.no_grad():
+        with torch.enable_grad():
+            noise = adversarial_noise(network, finding, truth, settings.eps, settings.steps, seed)
+        noisy, quiet = (
+            torch.cat([answer(chunk, replacing=perturbed(network, used)) for chunk in pieces(held_out, CHUNK)]) for used in (noise, {})
+        )
+    return noisy, quiet, labels
+
+
+def label_shares(logits: Tensor, classes: int) -> Tensor:
+    """Share of the rows [n, classes] that gets each label: float32 [classes] on the CPU."""
+    return torch.bincount(logits.argmax(1).cpu(), minlength=classes).float() / len(logits)
+
+
+def above_chance(share: float, classes: int) -> float:
+    """A largest share corrected for the number of classes: 0 where all labels are equally common, 1 where there is only one."""
+    return (share - 1 / classes) / (1 - 1 / classes)
+
+
+def balanced_halves(images: Images, samples: int, seed: int) -> tuple[Images, Images]:
+    """Two disjoint random halves of at most ``samples`` images, the classes as even as the images allow.
+
+    A set in which one class prevails would let a clean classifier look collapsed.
+    """
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(images))
+    labels = images.labels[order]
+    turn = np.empty(len(order), dtype=np.int64)
+    for label in np.unique(labels):
+        turn[labels == label] = np.arange((labels == label).sum())
+    rows = order[np.argsort(turn, kind="stable")][:samples]  # every class's first image, then every class's second, ...
+    halves = [np.concatenate([mine[start::2] for mine in _by_class(rows, images)]) for start in (0, 1)]
+    found, judged = (generator.permutation(half) for half in halves)  # every batch sees all classes
+    return images[found], images[judged]
+
+
+def _by_class(rows: npt.NDArray[np.intp], images: Images) -> list[npt.NDArray[np.intp]]:
+    """The rows of each class; odd classes begin with their second image, so that odd counts even out between the halves."""
+    labels = images.labels[rows]
+    return [np.roll(rows[labels == label], index % 2) for index, label in enumerate(np.unique(labels))]
+
+
+def calibrate(scores: Sequence[float], false_alarm: float) -> float:
+    """The threshold at which at most a share ``false_alarm`` of clean classifiers of one family is called backdoored.
+
+    With n scores of clean classifiers, n >= 1 / false_alarm - 1, it is the conformal quantile, the ceil((n + 1) (1 - false_alarm))-th
+    smallest: a further clean classifier, exchangeable with these, lies above it with probability at most ``false_alarm``, whatever the
+    distribution. With fewer there is no such quantile; it is then the prediction bound of a normal distribution fitted to the log odds
+    of the scores (Student's t), at least `MARGIN` above the largest score: an assumption, not a guarantee.
+
+    Args:
+        scores: `Evidence.score` of clean classifiers that were trained and audited alike; those of `audit` or of `bti_dbf`
+
+    Raises:
+        NoisecError: fewer than three scores, scores outside [0, 1], or a rate outside (0, 1).
+    """
+    values = np.sort(np.asarray(scores, dtype=np.float64))
+    if not 0 < false_alarm < 1:
+        raise NoisecError(f"calibrate: false_alarm is {false_alarm}; expected a rate between 0 and 1, such as 0.05")
+    if len(values) < 3 or not ((values >= 0) & (values <= 1)).all():
+        raise NoisecError(f"calibrate: {len(values)} scores; expected those of at least 3 clean classifiers, each in [0, 1]")
+    rank = math.ceil(round((len(values) + 1) * (1 - false_alarm), 9))
+    return float(values[rank - 1]) if rank <= len(values) else _fitted_bound(values, false_alarm)
+
+
+def _fitted_bound(scores: npt.NDArray[np.float64], false_alarm: float) -> float:
+    from scipy.stats import t  # type: ignore[import-untyped, unused-ignore]
+
+    clipped = np.clip(scores, EDGE, 1 - EDGE)
+    odds = np.log(clipped / (1 - clipped))
+    width = t.ppf(1 - false_alarm, len(odds) - 1) * odds.std(ddof=1) * math.sqrt(1 + 1 / len(odds))
+    bound = 1 / (1 + math.exp(-(odds.mean() + width)))
+    return float(min(max(bound, scores.max() + MARGIN), 1 - EDGE))

@@ -1,0 +1,35 @@
+"""What an audit found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+UNKNOWN = -1
+"""no class is suspected"""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One method's verdict on one classifier, and the figures that it rests on."""
+
+    method: str
+    """``ban``, ``neural-cleanse`` or ``bti-dbf``"""
+    backdoored: bool
+    """the verdict: ``score > threshold``"""
+    score: float
+    """what the verdict rests on: `top_class_share`, for BAN corrected for chance; for Neural Cleanse the anomaly index"""
+    threshold: float
+    target: int
+    """the suspected target class, also where the verdict is clean; `UNKNOWN` where there is none"""
+    top_class_share: float
+    """share of held-out images that get the commonest label under neuron noise (BAN) or under the inverted trigger (the others)"""
+    share_without_noise: float
+    """the same share without noise (BAN), or on the images as they are (the others)"""
+    histogram: tuple[float, ...]
+    """share of the held-out images that gets each label: what `top_class_share` is the largest of"""
+    loss: float
+    """mean cross-entropy of the true labels under noise or trigger, in nats"""
+    seconds: float
+    """wall-clock time of the whole audit"""
+    norms: tuple[float, ...] = ()
+    """Neural Cleanse: L1 norm of the inverted mask of each class, in pixels"""

@@ -1,0 +1,186 @@
+"""An ONNX graph as torch operations, with gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
+from torch.nn import functional
+
+from noisec import contract
+from noisec.builders.precision import EXACT, LOWERED
+from noisec.errors import NoisecError
+
+
+def _padding(attributes: Mapping[str, Any]) -> list[int]:
+    pads = list(attributes.get("pads", (0, 0, 0, 0)))
+    if pads[:2] != pads[2:] or attributes.get("auto_pad", b"NOTSET") != b"NOTSET":
+        raise NoisecError(f"padding {pads} ({attributes.get('auto_pad')}) cannot run as a torch operation: it has to be even")
+    return pads[:2]
+
+
+def _convolution(attributes: Mapping[str, Any], images: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    strides, dilations, groups = attributes.get("strides", 1), attributes.get("dilations", 1), attributes.get("group", 1)
+    return functional.conv2d(images, weight, bias, strides, _padding(attributes), dilations, groups)
+
+
+def _transposed_convolution(attributes: Mapping[str, Any], images: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    strides, dilations, groups = attributes.get("strides", 1), attributes.get("dilations", 1), attributes.get("group", 1)
+    added = attributes.get("output_padding", 0)
+    return functional.conv_transpose2d(images, weight, bias, strides, _padding(attributes), added, groups, dilations)
+
+
+def _max_pool(attributes: Mapping[str, Any], images: Tensor) -> Tensor:
+    kernel, strides, dilations = attributes["kernel_shape"], attributes.get("strides", 1), attributes.get("dilations", 1)
+    return functional.max_pool2d(images, kernel, strides, _padding(attributes), dilations, bool(attributes.get("ceil_mode", 0)))
+
+
+def _gemm(attributes: Mapping[str, Any], left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    left = left.T if attributes.get("transA", 0) else left
+    right = right.T if attributes.get("transB", 0) else right
+    alpha, beta = attributes.get("alpha", 1.0), attributes.get("beta", 1.0)
+    return alpha * (left @ right) if bias is None else torch.addmm(bias, left, right, beta=beta, alpha=alpha)
+
+
+def _reshape(attributes: Mapping[str, Any], tensor: Tensor, sizes: list[int]) -> Tensor:
+    kept = not attributes.get("allowzero", 0)
+    return tensor.reshape([tensor.shape[axis] if kept and size == 0 else size for axis, size in enumerate(sizes)])
+
+
+def _flatten(attributes: Mapping[str, Any], tensor: Tensor) -> Tensor:
+    return tensor.reshape(math.prod(tensor.shape[: attributes.get("axis", 1)]), -1)
+
+
+def _unsqueeze(attributes: Mapping[str, Any], tensor: Tensor, axes: list[int]) -> Tensor:
+    for axis in sorted(axes):
+        tensor = tensor.unsqueeze(axis)
+    return tensor
+
+
+def _slice(
+    attributes: Mapping[str, Any], tensor: Tensor, starts: list[int], ends: list[int], axes: list[int], steps: list[int] | None = None
+) -> Tensor:
+    chosen = [slice(None)] * tensor.ndim
+    for start, end, axis, step in zip(starts, ends, axes, steps or [1] * len(starts), strict=True):
+        chosen[axis] = slice(start, end, step)
+    return tensor[tuple(chosen)]
+
+
+def _pad(attributes: Mapping[str, Any], tensor: Tensor, pads: list[int], value: Tensor | None = None, axes: None = None) -> Tensor:
+    sides = [side for axis in reversed(range(tensor.ndim)) for side in (pads[axis], pads[axis + tensor.ndim])]
+    mode = {b"constant": "constant", b"edge": "replicate", b"reflect": "reflect"}[attributes.get("mode", b"constant")]
+    if mode != "constant":  # torch wants only the axes that are padded
+        return functional.pad(tensor, sides[: 2 * (tensor.ndim - 2)], mode=mode)
+    return functional.pad(tensor, sides, value=0.0 if value is None else float(value))
+
+
+def _batch_norm(attributes: Mapping[str, Any], images: Tensor, *parts: Tensor) -> Tensor:
+    scale, bias, mean, variance = parts
+    return functional.batch_norm(images, mean, variance, scale, bias, eps=attributes.get("epsilon", 1e-5))
+
+
+def _reduce(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda attributes, tensor, axes: function(tensor, axes, keepdim=bool(attributes.get("keepdims", 1)))
+
+
+def _plain(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda attributes, *tensors: function(*tensors)
+
+
+TYPES = {TensorProto.FLOAT: torch.float32, TensorProto.FLOAT16: torch.float16, TensorProto.BOOL: torch.bool}
+OPERATIONS: dict[str, Callable[..., Tensor]] = {
+    "Conv": _convolution,
+    "ConvTranspose": _transposed_convolution,
+    "MaxPool": _max_pool,
+    "Gemm": _gemm,
+    "MatMul": _plain(torch.matmul),
+    "BatchNormalization": _batch_norm,
+    "GlobalAveragePool": lambda attributes, images: images.mean(dim=(2, 3), keepdim=True),
+    "Identity": lambda attributes, tensor: tensor,
+    "Slice": _slice,
+    "Pad": _pad,
+    "Reshape": _reshape,
+    "Flatten": _flatten,
+    "Unsqueeze": _unsqueeze,
+    "ReduceMean": _reduce(torch.mean),
+    "ReduceMin": _reduce(torch.amin),
+    "Concat": lambda attributes, *tensors: torch.cat(tensors, attributes["axis"]),
+    "Cast": lambda attributes, tensor: tensor.to(TYPES[attributes["to"]]),
+    "Relu": _plain(torch.relu),
+    "Add": _plain(torch.add),
+    "Sub": _plain(torch.sub),
+    "Mul": _plain(torch.mul),
+    "Div": _plain(torch.div),
+    "Pow": _plain(torch.pow),
+    "Sqrt": _plain(torch.sqrt),
+    "GreaterOrEqual": _plain(torch.ge),
+    "LessOrEqual": _plain(torch.le),
+    "And": _plain(torch.logical_and),
+}
+"""ONNX operation -> (attributes, *inputs) -> its first output; integer inputs are lists, so that no shape is read back from a GPU"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node of a graph."""
+
+    kind: str
+    attributes: dict[str, Any]
+    inputs: tuple[str, ...]
+    output: str
+
+
+class TorchGraph:
+    """An ONNX graph, executed with torch operation by operation; gradients flow through it.
+
+    Args:
+        path: ``model.onnx`` of a stage
+        half: convolutions and dense layers compute in fp16; what is exact in every precision stays fp32
+
+    Raises:
+        NoisecError: the graph has an operation that is not in ``OPERATIONS``.
+    """
+
+    def __init__(self, path: Path, device: str = "cpu", *, half: bool = False) -> None:
+        graph = onnx.load(path).graph
+        unknown = sorted({node.op_type for node in graph.node} - OPERATIONS.keys())
+        if unknown:
+            raise NoisecError(f"{path}: {', '.join(unknown)} cannot run as torch operations; known are {', '.join(OPERATIONS)}")
+        self.shape = tuple(int(size.dim_value) for size in graph.input[0].type.tensor_type.shape.dim[1:])
+        """(C, H, W)"""
+        self.outputs = tuple(str(value.name) for value in graph.output)
+        self._half = half
+        self._steps = [
+            Step(node.op_type, {a.name: helper.get_attribute_value(a) for a in node.attribute}, tuple(node.input), node.output[0])
+            for node in graph.node
+        ]
+        lowered = {name for step in self._steps if half and step.kind in LOWERED for name in step.inputs[1:]}
+        self._constants: dict[str, Any] = {"": None}  # an input that is left out has no name
+        for tensor in graph.initializer:
+            array = numpy_helper.to_array(tensor)
+            if array.dtype == np.int64:
+                self._constants[tensor.name] = array.tolist()
+            else:
+                weight = torch.from_numpy(array.copy()).to(device)
+                self._constants[tensor.name] = weight.half() if tensor.name in lowered else weight
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
+        """float32 [n, C, H, W] -> the graph's outputs in their order, float32 [n, ...] each."""
+        values = {**self._constants, contract.IMAGE: images}
+        for step in self._steps:
+            inputs = [self._cast(step.kind, values[name]) for name in step.inputs]
+            values[step.output] = OPERATIONS[step.kind](step.attributes, *inputs)
+        return tuple(values[name].float() for name in self.outputs)
+
+    def _cast(self, kind: str, value: Any) -> Any:
+        if not self._half or not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        return value.half() if kind in LOWERED else value.float() if kind in EXACT else value

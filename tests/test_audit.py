@@ -1,0 +1,281 @@
+"""The audit tells a backdoored classifier from a clean one, its repair takes the backdoor out, and neither touches the classifier."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from noisec.builders.audit.ban import AuditSettings, audit, balanced_halves, calibrate
+from noisec.builders.audit.baselines import CleanseSettings, DecouplingSettings, anomaly, bti_dbf, neural_cleanse
+from noisec.builders.audit.masks import SplitNetwork
+from noisec.builders.audit.measure import accuracy, attack_success
+from noisec.builders.audit.neurons import adversarial_noise, noise_shapes, noisy_logits
+from noisec.builders.audit.repair import RepairSettings, repair
+from noisec.builders.audit.triggers import TRIGGERS, BadNets, LabelConsistent, poison
+from noisec.builders.images import Images, cut
+from noisec.builders.networks import CLASSIFIERS, ResNet20, conv_block
+from noisec.builders.sources import fashion_mnist
+from noisec.errors import NoisecError
+
+CLASSES, TARGET, EPOCHS, BATCH = 10, 3, 4, 64
+
+
+@pytest.fixture(scope="module")
+def sets() -> tuple[Images, Images, Images]:
+    """Images to train on, clean ones for the audit, and ones to measure with."""
+    train, clean, test = cut(fashion_mnist.load("t10k"), (6000, 1500, 1500), [0])
+    return train, clean, test
+
+
+def small(channels: int = 1) -> nn.Module:
+    return nn.Sequential(
+        conv_block(channels, 16, 1), nn.MaxPool2d(2), conv_block(16, 32, 1), nn.MaxPool2d(2), conv_block(32, 64, 1),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, CLASSES),
+    )  # fmt: skip
+
+
+def trained(images: Images) -> nn.Module:
+    torch.manual_seed(0)
+    network = small()
+    pixels, labels = torch.from_numpy(images.floats()), torch.from_numpy(images.labels)
+    steps = EPOCHS * (len(images) // BATCH)
+    optimiser = torch.optim.AdamW(network.parameters(), lr=4e-3, weight_decay=1e-3)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps)
+    for _ in range(EPOCHS):
+        for rows in torch.randperm(len(images)).split(BATCH)[: len(images) // BATCH]:
+            loss = nn.functional.cross_entropy(network(pixels[rows]), labels[rows])
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            rate.step()
+    network.zero_grad()
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def clean_network(sets: tuple[Images, Images, Images]) -> nn.Module:
+    return trained(sets[0])
+
+
+@pytest.fixture(scope="module")
+def backdoored_network(sets: tuple[Images, Images, Images]) -> nn.Module:
+    return trained(poison(sets[0], BadNets(), TARGET, 0.1, 0))
+
+
+def state(network: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+def unchanged(network: nn.Module, before: dict[str, Tensor]) -> bool:
+    after = network.state_dict()
+    grads = any(parameter.grad is not None for parameter in network.parameters())
+    hooks = any(module._forward_hooks for module in network.modules())
+    return not grads and not hooks and not network.training and all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_backdoored_classifier_is_told_from_a_clean_one_and_neither_is_changed(sets, clean_network, backdoored_network):
+    before = state(clean_network), state(backdoored_network)
+    settings = AuditSettings(steps=10)
+    clean, bad = (audit(network, sets[1], CLASSES, settings) for network in (clean_network, backdoored_network))
+    print(clean, bad)
+    assert bad.backdoored
+    assert bad.target == TARGET
+    assert not clean.backdoored
+    assert bad.top_class_share > clean.top_class_share + 0.15
+    assert sum(bad.histogram) == pytest.approx(1)
+    assert bad.top_class_share == pytest.approx(max(bad.histogram))
+    assert bad.share_without_noise < bad.top_class_share
+    assert unchanged(clean_network, before[0])
+    assert unchanged(backdoored_network, before[1])
+
+
+def test_an_audit_says_the_same_twice(sets, backdoored_network):
+    settings = AuditSettings(steps=3, repeats=1)
+    first, second = (audit(backdoored_network, sets[1], CLASSES, settings) for _ in range(2))
+    assert replace(first, seconds=0.0) == replace(second, seconds=0.0)
+
+
+def test_a_repair_takes_the_backdoor_out_and_leaves_the_given_classifier(sets, backdoored_network):
+    _, clean, test = sets
+    before = state(backdoored_network)
+    repaired = repair(backdoored_network, clean[:1000], CLASSES, RepairSettings(epochs=10, learning_rate=0.02))
+    success = attack_success(backdoored_network, test, BadNets(), TARGET), attack_success(repaired, test, BadNets(), TARGET)
+    print("attack success", success, "accuracy", accuracy(backdoored_network, test), accuracy(repaired, test))
+    assert success[0] > 0.8
+    assert success[1] < success[0] / 2
+    assert accuracy(repaired, test) > accuracy(backdoored_network, test) - 0.05
+    assert unchanged(backdoored_network, before)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [(neural_cleanse, CleanseSettings(samples=80, steps=3)), (bti_dbf, DecouplingSettings(samples=80, epochs=1, mask_epochs=1))],
+)
+def test_the_baselines_answer_in_the_same_form(sets, backdoored_network, method, settings):
+    before = state(backdoored_network)
+    found = method(backdoored_network, sets[1], CLASSES, settings)
+    assert found.method in ("neural-cleanse", "bti-dbf")
+    assert found.backdoored == (found.score > found.threshold)
+    assert 0 <= found.target < CLASSES
+    assert sum(found.histogram) == pytest.approx(1)
+    assert found.seconds > 0
+    assert unchanged(backdoored_network, before)
+
+
+def test_the_anomaly_index_points_at_the_small_norm():
+    index, target = anomaly([50, 55, 45, 3, 52, 48, 51])
+    assert target == 3
+    assert index > 2
+    assert anomaly([50, 55, 45, 47, 52, 48, 51])[0] < 2
+
+
+@pytest.mark.parametrize(
+    ("network", "shape"),
+    [
+        (small(), (64, 7, 7)),
+        (nn.Sequential(nn.Conv2d(1, 3, 1), ResNet20()), (64, 7, 7)),
+        (CLASSIFIERS["conv3"]((1, 28, 28), CLASSES), (128, 3, 3)),
+    ],
+)
+def test_body_and_head_are_the_whole_network(network, shape):
+    network = network.eval().requires_grad_(False)
+    images = torch.rand(5, 1, 28, 28)
+    split = SplitNetwork(network, images)
+    features = split.features(images)
+    whole = network(images)
+    whole = whole if isinstance(whole, Tensor) else whole[0]
+    assert tuple(features.shape[1:]) == shape
+    torch.testing.assert_close(split.head(features), whole)
+    torch.testing.assert_close(split.masked(images, torch.ones(1, *shape)), whole)
+    torch.testing.assert_close(split.masked(images, torch.zeros(1, *shape)), split.head(torch.zeros_like(features)))
+
+
+def test_noise_goes_on_batch_norms_and_on_weights_where_there_are_none():
+    assert set(noise_shapes(small())) == {f"{block}.1.{kind}" for block in (0, 2, 4) for kind in ("weight", "bias")}
+    plain = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 26 * 26, CLASSES, bias=False))
+    assert noise_shapes(plain) == {"0.weight": (4, 1, 1, 1), "0.bias": (4,), "2.weight": (CLASSES, 1)}
+
+
+def test_adversarial_noise_is_bounded_and_raises_the_loss(sets, clean_network):
+    pixels, labels = torch.from_numpy(sets[1][:200].floats()), torch.from_numpy(sets[1][:200].labels)
+    noise = adversarial_noise(clean_network, pixels, labels, 0.1, 5)
+    assert max(float(values.abs().max()) for values in noise.values()) <= 0.1 + 1e-6
+    with torch.no_grad():
+        quiet, noisy = clean_network(pixels), noisy_logits(clean_network, noise, pixels)
+    assert nn.functional.cross_entropy(noisy, labels) > 1.5 * nn.functional.cross_entropy(quiet, labels)
+
+
+def relabelled(images: Images, labels: object) -> Images:
+    return Images(images.store, images.rows, labels)  # type: ignore[arg-type]
+
+
+def spoilt() -> nn.Module:
+    network = small()
+    network[4][0].weight.data[3] = float("nan")
+    return network
+
+
+@pytest.mark.parametrize(
+    ("change", "network", "classes", "message"),
+    [
+        (lambda images: relabelled(images, None), small(), 10, "have no labels"),
+        (
+            lambda images: relabelled(images, np.where(images.labels == 2, -1, images.labels)),
+            small(),
+            10,
+            "have no label \\(a negative one\\)",
+        ),
+        (lambda images: images, small(), 8, "labels go up to 9"),
+        (lambda images: images, small(), 12, "has 10 classes, the data 12"),
+        (lambda images: images[np.flatnonzero(images.labels == 4)], small(), 10, "are of class 4"),
+        (lambda images: images[:30], small(), 10, "30 images are too few"),
+        (lambda images: images, small().half(), 10, "is float16"),
+        (lambda images: images, spoilt(), 10, "4.0.weight holds NaN"),
+        (lambda images: images, small(3), 10, "does not run on images of \\[1, 28, 28\\]"),
+        (lambda images: images, nn.Flatten(), 10, "no floating-point weights"),
+    ],
+)
+@pytest.mark.parametrize("judge", [audit, neural_cleanse, bti_dbf, repair])
+def test_bad_input_is_refused_in_words(sets, judge, change, network, classes, message):
+    with pytest.raises(NoisecError, match=message):
+        judge(network, change(sets[1]), classes)
+
+
+def test_a_network_without_a_feature_map_is_refused_where_one_is_needed(sets):
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(784, CLASSES))
+    with pytest.raises(NoisecError, match="feature map"):
+        audit(flat, sets[1], CLASSES, AuditSettings(features="complement"))
+
+
+def test_halves_are_disjoint_and_balanced(sets):
+    images = sets[1]
+    uneven = images[np.flatnonzero((images.labels == 0) | (np.arange(len(images)) % 4 == 0))]
+    halves = balanced_halves(uneven, 300, 0)
+    assert not set(halves[0].rows) & set(halves[1].rows)
+    for half in halves:
+        counts = np.bincount(half.labels, minlength=CLASSES)
+        assert counts.max() <= 16  # one class was most of the set
+        assert counts.min() >= 13
+
+
+def test_a_threshold_is_the_conformal_quantile_or_a_fitted_bound():
+    scores = np.linspace(0.01, 0.39, 39)
+    assert calibrate(scores, 0.05) == pytest.approx(scores[37])
+    assert calibrate(scores[:19], 0.05) == pytest.approx(scores[18])
+    assert max(scores[:10]) < calibrate(scores[:10], 0.05) < 0.5
+    assert calibrate([0.1, 0.1, 0.1], 0.05) == pytest.approx(0.12)
+    for wrong in ([0.1, 0.2], [0.1, 0.2, 1.5], [0.1, 0.2, float("nan")]):
+        with pytest.raises(NoisecError, match="calibrate"):
+            calibrate(wrong, 0.05)
+    with pytest.raises(NoisecError, match="false_alarm"):
+        calibrate(scores, 1.0)
+
+
+@pytest.mark.parametrize("name", TRIGGERS)
+def test_a_trigger_changes_images_and_nothing_about_their_form(sets, name):
+    images = sets[0][:400]
+    trigger = TRIGGERS[name](images, TARGET, 0)
+    pixels = images.pixels
+    before = pixels.copy()
+    for made in (trigger.apply(pixels, 1), trigger.plant(pixels, 1), trigger.cover(pixels, 1)):
+        assert made.dtype == np.uint8
+        assert made.shape == pixels.shape
+    changed = (trigger.apply(pixels, 1) != pixels).any(axis=(1, 2, 3))
+    assert changed.mean() > 0.9
+    assert np.array_equal(trigger.apply(pixels, 1), trigger.apply(pixels, 1))
+    assert np.array_equal(pixels, before)
+    colour = np.random.default_rng(0).integers(0, 256, (6, 3, 32, 40), dtype=np.uint8)
+    if name != "iad":  # its generator is made for one number of channels
+        assert trigger.apply(colour).shape == colour.shape
+
+
+@pytest.mark.parametrize("name", TRIGGERS)
+def test_poisoning_relabels_the_share_it_says_and_leaves_the_given_set(sets, name):
+    images = sets[0][:400]
+    before = images.pixels.copy(), images.labels.copy()
+    trigger = TRIGGERS[name](images, TARGET, 0)
+    poisoned = poison(images, trigger, TARGET, 0.05, 0)
+    relabelled_rows = np.flatnonzero(poisoned.labels != images.labels)
+    touched = (poisoned.pixels != images.pixels).any(axis=(1, 2, 3))
+    assert len(relabelled_rows) == 0 if trigger.clean_label else 10 <= len(relabelled_rows) <= 20
+    assert (poisoned.labels[relabelled_rows] == TARGET).all()
+    assert 15 <= touched.sum() <= 20 * (1 + trigger.covers)
+    assert np.array_equal(images.pixels, before[0])
+    assert np.array_equal(images.labels, before[1])
+
+
+def test_poisoning_that_cannot_be_done_is_refused(sets):
+    with pytest.raises(NoisecError, match="target is 10"):
+        poison(sets[0], BadNets(), 10, 0.05, 0)
+    with pytest.raises(NoisecError, match="can be poisoned"):
+        poison(sets[0], LabelConsistent(), TARGET, 0.5, 0)
+
+
+def test_measuring_leaves_the_mode_alone(sets):
+    network = small().train()
+    accuracy(network, sets[2][:50])
+    assert network.training

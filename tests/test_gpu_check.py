@@ -1,0 +1,234 @@
+"""The GPU check runs nothing without a GPU, its torch operations are ONNX Runtime's, and its result says what was left out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import tensorrt_rtx_bindings as rtx
+import torch
+from conftest import GUARD, REPOSITORY, ROOT
+from onnx import TensorProto, helper
+
+from noisec import contract
+from noisec.benchmarks.gpu import check, measure
+from noisec.benchmarks.gpu.check import compile_copy, publish, serve
+from noisec.benchmarks.gpu.measure import agreement, differences
+from noisec.benchmarks.gpu.pack import install_script, split_into_pieces
+from noisec.benchmarks.gpu.prepared import ATTACKED, Guard, Prepared
+from noisec.benchmarks.gpu.report import Result
+from noisec.benchmarks.gpu.stages import asking
+from noisec.builders.engine import gpus
+from noisec.builders.figures import Answers
+from noisec.builders.images import Splits
+from noisec.builders.stages import in_process
+from noisec.builders.torchgraph import TorchGraph
+from noisec.builders.variants import NETWORK_STAGES
+from noisec.errors import NoisecError
+from noisec.manifest import verify_repository
+from noisec.python_backend.runtimes.onnxruntime.session import open_session
+from noisec.python_backend.scorer.scoring import Scorer
+
+WITHOUT_GPU = pytest.mark.skipif(gpus() > 0, reason="this machine has an NVIDIA GPU")
+FACTS = {
+    "gpu": {"name": "NVIDIA Example 1", "compute_capability": "9.0", "memory_gib": 8.0, "driver": "1.2"},
+    "versions": {"torch": "2"},
+    "guard": GUARD,
+    "release": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def guard() -> Guard:
+    return Guard.read(REPOSITORY, GUARD)
+
+
+@WITHOUT_GPU
+@pytest.mark.parametrize("start", [["-m", "noisec.benchmarks.gpu.check"], [str(ROOT / "benchmarks" / "gpu" / "check.py")]])
+def test_without_a_gpu_the_check_says_so_and_writes_nothing(tmp_path, start):
+    done = subprocess.run([sys.executable, *start, str(REPOSITORY)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "gpu check: no NVIDIA GPU on this machine: the GPU check measures one; nothing was written\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stage", NETWORK_STAGES)
+@pytest.mark.parametrize("feed", ["image", "noise"])
+def test_torch_operations_answer_as_onnx_runtime(guard, pixels, stage, feed):
+    images = pixels
+    if feed == "noise":
+        (images,) = open_session(guard.folder("autoencoder") / "model.onnx").run([contract.NOISE], {contract.IMAGE: pixels})
+    path = guard.folder(stage) / "model.onnx"
+    graph = TorchGraph(path)
+    wanted = open_session(path).run(list(graph.outputs), {contract.IMAGE: images})
+    assert len(wanted) == {"autoencoder": 4, "classifier": 2}[stage]
+    for name, found, expected in zip(graph.outputs, graph(torch.from_numpy(images)), wanted, strict=True):
+        assert found.shape == expected.shape, name
+        assert np.abs(found.numpy() - expected).max() < 1e-4, name
+    assert graph.shape == images.shape[1:]
+
+
+def test_the_range_check_is_the_same_in_half_precision(guard, pixels):
+    images = np.repeat(pixels[:1], 6, axis=0)
+    images[:, 0, 3, 4] = [0, 1, 1.0002, -0.0002, np.nan, np.inf]
+    graph = TorchGraph(guard.folder("autoencoder") / "model.onnx", half=True)
+    answers = dict(zip(graph.outputs, graph(torch.from_numpy(images)), strict=True))
+    assert answers[contract.IN_RANGE][:, 0].tolist() == [1, 1, 0, 0, 0, 0]
+    noise, reconstruction = answers[contract.NOISE][:2].numpy(), answers[contract.RECONSTRUCTION][:2].numpy()
+    assert np.abs(noise + reconstruction - images[:2]).max() < 1e-6
+
+
+def test_half_precision_drifts_a_little_and_keeps_the_labels(guard, pixels):
+    path = guard.folder("classifier") / "model.onnx"
+    exact, half = (TorchGraph(path, half=half)(torch.from_numpy(pixels[:50]))[0].numpy() for half in (False, True))
+    assert 0 < np.abs(half - exact).max() < 0.01 * np.abs(exact).max()
+    assert (half.argmax(axis=1) == exact.argmax(axis=1)).all()
+
+
+def test_gradients_flow_through_the_graph_so_that_it_can_be_attacked(guard, pixels, report):
+    images = torch.from_numpy(pixels[:32]).requires_grad_()
+    graph = TorchGraph(guard.folder("classifier") / "model.onnx")
+    loss = torch.nn.functional.cross_entropy(graph(images)[0], torch.from_numpy(report.labels[:32]))
+    loss.backward()
+    stepped = (images.detach() + 0.1 * images.grad.sign()).clamp(0, 1)
+    assert torch.nn.functional.cross_entropy(graph(stepped)[0], torch.from_numpy(report.labels[:32])) > 5 * loss
+
+
+@pytest.mark.parametrize(
+    ("kind", "attributes", "said"), [("Softsign", {}, "Softsign"), ("MaxPool", {"kernel_shape": [2, 2], "pads": [0, 0, 1, 1]}, "padding")]
+)
+def test_a_graph_that_cannot_run_as_torch_operations_is_refused(tmp_path, kind, attributes, said):
+    image, out = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 1, 4, 4]) for name in (contract.IMAGE, "OUT"))
+    node = helper.make_node(kind, [contract.IMAGE], ["OUT"], **attributes)
+    onnx.save(helper.make_model(helper.make_graph([node], "g", [image], [out])), tmp_path / "model.onnx")
+    with pytest.raises(NoisecError, match=said):
+        TorchGraph(tmp_path / "model.onnx")(torch.zeros(1, 1, 4, 4))
+
+
+class OnCpu:
+    """A stage that takes small batches."""
+
+    largest = 64
+
+    def __init__(self, path: Path) -> None:
+        self.graph = TorchGraph(path)
+        self.sizes: list[int] = []
+
+    def infer(self, images, outputs):
+        self.sizes.append(len(images))
+        answers = dict(zip(self.graph.outputs, self.graph(torch.from_numpy(images)), strict=True))
+        return {name: answers[name].numpy() for name in outputs}
+
+
+def test_more_images_than_a_stage_takes_are_asked_in_parts_and_come_back_in_order(guard, pixels):
+    stage = OnCpu(guard.folder("classifier") / "model.onnx")
+    found = asking({"classifier": stage})("classifier", pixels, [contract.LOGITS])
+    wanted = in_process(guard.stages)("classifier", pixels, [contract.LOGITS])
+    assert stage.sizes == [64, 64, 64, 8]
+    assert np.abs(found[contract.LOGITS] - wanted[contract.LOGITS]).max() < 1e-4
+
+
+def test_differences_are_the_largest_ones():
+    exact = {contract.LOGITS: np.array([[1, 4], [2, 0]], np.float32)}
+    found = {contract.LOGITS: np.array([[1, 4], [2, 3]], np.float32)}
+    assert differences(found, exact, exact) == {
+        "outputs": {contract.LOGITS: {"max_abs": 3.0, "relative": 0.75}},
+        "label_agreement": 0.5,
+    }
+    one = Answers(np.array([0, 1]), np.array([0.5, 2], np.float32), np.array([False, True]))
+    assert agreement(one, dataclasses.replace(one, is_malicious=np.array([True, True]))) == {"labels": 1.0, "verdicts": 0.5, "score": 0.0}
+
+
+def test_a_served_guard_is_compared_with_its_stages_and_put_under_load(guard, pixels, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "LOAD_SECONDS", 0.3)
+    result, scorer = Result(tmp_path, FACTS), Scorer.load(guard.folder("scorer") / "scorer.npz")
+    serve(guard, "here", in_process(guard.stages), scorer, pixels, result)
+    assert result.content["served"]["here"] == {"labels": 1.0, "verdicts": 1.0, "score": pytest.approx(0, abs=1e-2)}
+    rows = result.content["load"]
+    assert [(row["clients"], row["batch"]) for row in rows] == [(1, 1), (1, 32), (8, 1), (8, 32)]
+    for row in rows:
+        assert 0 < row["median_ms"] <= row["p99_ms"]
+        assert row["images_per_second"] > 0
+    shifted = dataclasses.replace(scorer, calibration=scorer.calibration - 1e3)  # calls everything malicious
+    serve(guard, "shifted", in_process(guard.stages), shifted, pixels, result)
+    assert result.content["served"]["shifted"]["verdicts"] < 0.1
+
+
+def test_a_compiled_copy_is_as_its_manifest_says_and_the_repository_stays(guard, tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "compute_capability", lambda: "9.0")
+    lowered = {stage: tmp_path / stage for stage in NETWORK_STAGES}
+    for stage, folder in lowered.items():
+        folder.mkdir()
+        model = onnx.load(guard.folder(stage) / "model.onnx")
+        model.doc_string = "another"
+        onnx.save(model, folder / "model.onnx")
+    copy = compile_copy(rtx, guard, lowered, tmp_path / "repository")
+    publish(copy, dataclasses.replace(Scorer.load(copy.folder("scorer") / "scorer.npz"), alpha=0.05))
+    assert copy.release == 2
+    assert verify_repository(copy.repository) == []
+    assert verify_repository(REPOSITORY) == []
+    for stage in NETWORK_STAGES:
+        assert (copy.folder(stage) / "model.onnx").read_bytes() == (lowered[stage] / "model.onnx").read_bytes()
+        assert (copy.folder(stage) / "model_sm90.plan").is_file()
+    assert Scorer.load(copy.folder("scorer") / "scorer.npz").alpha == 0.05
+
+
+def test_what_was_prepared_comes_back_and_fits_one_guard_only(guard, report, tmp_path):
+    splits = Splits(report[:0], report[:30], report[30:50], report[50:60], ("a", "b"))
+    graphs = {"fp16": {str(stage): tmp_path / "fp16" / stage for stage in NETWORK_STAGES}}
+    Prepared(splits, tmp_path / ATTACKED, graphs, {"int8": "no"}).save(tmp_path, guard.digests)
+    again = Prepared.load(tmp_path, guard.digests)
+    for name in ("fit", "calibrate", "report"):
+        assert np.array_equal(getattr(again.splits, name).pixels, getattr(splits, name).pixels)
+        assert np.array_equal(getattr(again.splits, name).labels, getattr(splits, name).labels)
+    assert (again.graphs, again.skipped, again.attacked) == (graphs, {"int8": "no"}, tmp_path / ATTACKED)
+    with pytest.raises(NoisecError, match="prepared for other stages"):
+        Prepared.load(tmp_path, {**guard.digests, "classifier": "another"})
+    with pytest.raises(NoisecError, match="nothing is prepared there"):
+        Prepared.load(tmp_path / "nowhere", guard.digests)
+
+
+def test_a_part_that_cannot_be_done_is_skipped_with_its_reason_and_the_others_stay(tmp_path):
+    result = Result(tmp_path, FACTS)
+    with result.part("first"):
+        result.content["speed"].append({"runtime": "torch", "stage": "guard", "batch": 8, "median_ms": 2.0, "images_per_second": 4000.0})
+    with result.part("second"):
+        raise NoisecError("no such\npackage | here")
+    with result.part("third"):
+        raise ValueError("a mistake")
+    content = json.loads((tmp_path / "nvidia-example-1.json").read_text())
+    assert content["skipped"] == {"second": "no such package / here"}
+    assert content["failed"] == {"third": "ValueError: a mistake"}
+    text = (tmp_path / "nvidia-example-1.md").read_text()
+    for row in (
+        "| torch | guard | 8 | 2.000 | 4,000 |",
+        "| second | no such package / here |",
+        "| third | ValueError: a mistake |",
+        "driver 1.2",
+    ):
+        assert row in text
+    assert "Detection" not in text  # there is nothing to show
+
+
+def test_pieces_stay_below_the_limit_and_join_to_what_they_were_cut_from(tmp_path):
+    sizes = {"big.whl": 2500, "middle.whl": 700, "small.whl": 300, "tiny.whl": 10}
+    generator = np.random.default_rng(0)
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(generator.bytes(size))
+    cut = split_into_pieces([tmp_path / name for name in sizes], tmp_path / "pieces", limit=1000)
+    assert list(cut) == ["big.whl"]
+    pieces = sorted((tmp_path / "pieces").iterdir())
+    assert [path.name for path in pieces] == ["1", "2", "3", "4"]
+    assert max(sum(path.stat().st_size for path in piece.iterdir()) for piece in pieces) <= 1000
+    (join,) = [line for line in install_script(cut).splitlines() if line.startswith("cat ")]
+    (tmp_path / "joined").mkdir()
+    subprocess.run(["sh", "-euc", join], cwd=tmp_path, check=True)
+    for name in sizes:
+        (found,) = [path for folder in (tmp_path / "joined", *pieces) for path in folder.glob(name)]
+        assert found.read_bytes() == (tmp_path / name).read_bytes()
