@@ -25,7 +25,7 @@ SQUARE_QUERIES = 250
 """NoiSec's setting for Fashion-MNIST"""
 UAP_IMAGES, UAP_ROUNDS = 300, 5
 """images that a universal perturbation is made of, and how often all of them are gone through"""
-CW_STEPS, CW_SEARCHES = 50, 4
+CW_STEPS, CW_SEARCHES = 30, 3
 BLACK_BOX = ("square", "hopskipjump")
 """methods that use the classifier's answers alone"""
 

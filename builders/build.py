@@ -20,6 +20,7 @@ from noisec.builders.progress import console
 from noisec.builders.protect import Protected, protect, training_inputs
 from noisec.builders.repository import Widths, write_repository
 from noisec.builders.spec import GuardSpec
+from noisec.builders.torchgraph import TorchGraph
 from noisec.builders.train import load_network, train_autoencoder
 from noisec.builders.variants import Stage, attack_report, make_variants
 from noisec.builders.workbench import Workbench
@@ -62,7 +63,7 @@ def build(spec: GuardSpec, repository: Path, work: Path, *, report: bool = True,
     sanity.refuse(sanity.data_problems(spec, splits, protected), force=force)
     problems, agreement = sanity.stage_problems(spec, splits, protected)
     sanity.refuse(problems, force=force)
-    autoencoder = build_autoencoder(spec, splits, bench)
+    autoencoder = build_autoencoder(spec, splits, bench, protected.stage)
     exact: dict[Stage, Path] = {"autoencoder": autoencoder, "classifier": protected.stage}
     attacked = attack_report(spec, protected, splits, bench) if report else None
     served, table = make_variants(spec, exact, splits, attacked, bench)
@@ -87,13 +88,24 @@ def build(spec: GuardSpec, repository: Path, work: Path, *, report: bool = True,
     return Guard(spec, repository, splits, protected, float(served.scorer.threshold))
 
 
-def build_autoencoder(spec: GuardSpec, splits: Splits, bench: Workbench) -> Path:
-    """Folder with the autoencoder stage, trained, exported and compared with its network."""
-    weights = bench.step(
-        "autoencoder",
-        {**training_inputs(spec, splits), "autoencoder": spec.autoencoder.model_dump(mode="json")},
-        lambda folder: train_autoencoder(spec.autoencoder, splits.train, spec.seed, folder),
-    )
+def build_autoencoder(spec: GuardSpec, splits: Splits, bench: Workbench, classifier: Path) -> Path:
+    """Folder with the autoencoder stage, trained, exported and compared with its network.
+
+    Args:
+        classifier: folder of the classifier stage, by which a guided denoiser is trained
+    """
+    described = spec.autoencoder.model_dump(mode="json")
+    guided = described.pop("guidance") > 0
+    inputs = {**training_inputs(spec, splits), "autoencoder": described}
+
+    def train(folder: Path) -> None:
+        train_autoencoder(
+            spec.autoencoder, splits.train, spec.seed, folder, TorchGraph(classifier / "model.onnx").named if guided else None
+        )
+
+    if guided:
+        inputs |= {"guidance": spec.autoencoder.guidance, "classifier": classifier.name}
+    weights = bench.step("autoencoder", inputs, train)
     offset = noise_offset(spec.classifier.preprocessing) if spec.noise_source == contract.NOISE_INPUT else ()
     stage = AutoencoderStage(load_network(DENOISERS[spec.autoencoder.network](splits.shape), weights), offset)
 

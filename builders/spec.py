@@ -153,6 +153,9 @@ class AutoencoderSpec(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     noise_sd: Annotated[float, Field(gt=0, le=1)] = 0.15
     """the training noise has a standard deviation drawn from [0, noise_sd] for each image"""
+    guidance: Annotated[float, Field(ge=0)] = 0.0
+    """above 0: half of each batch gets noise along the classifier's gradient instead of random noise, and this is the weight of what the
+    classifier's features of the reconstruction differ by from those of the clean image (Liao et al. 2018)"""
     patches: Annotated[float, Field(ge=0, le=1)] = 0.0
     """share of the training images that also get a small random patch, so that the denoiser learns to remove triggers"""
 

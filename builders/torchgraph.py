@@ -180,6 +180,10 @@ class TorchGraph:
             values[step.output] = OPERATIONS[step.kind](step.attributes, *inputs)
         return tuple(values[name].float() for name in self.outputs)
 
+    def named(self, images: Tensor) -> dict[str, Tensor]:
+        """float32 [n, C, H, W] -> output name -> float32 [n, ...]"""
+        return dict(zip(self.outputs, self(images), strict=True))
+
     def _cast(self, kind: str, value: Any) -> Any:
         if not self._half or not isinstance(value, Tensor) or not value.is_floating_point():
             return value

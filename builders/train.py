@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from noisec import contract
 from noisec.builders.images import Images
 from noisec.builders.networks import CLASSIFIERS, DENOISERS
 from noisec.builders.progress import bar, console
@@ -21,6 +22,8 @@ WEIGHTS, CHECKPOINT = "weights.pt", "checkpoint.pt"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PATCH_SIDES = (2, 6)
 """smallest and one more than the largest side of a random patch, in pixels"""
+Classify = Callable[[Tensor], Mapping[str, Tensor]]
+"""images float32 [n, C, H, W] in [0, 1] -> LOGITS [n, classes] and PENULTIMATE [n, d], with gradients"""
 
 
 def stamp(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
@@ -87,15 +90,48 @@ def train_classifier(spec: ClassifierSpec, images: Images, classes: int, seed: i
     optimise(network, images, loss, Schedule(spec.epochs, spec.batch_size, spec.learning_rate), folder, "training classifier")
 
 
-def train_autoencoder(spec: AutoencoderSpec, images: Images, seed: int, folder: Path) -> None:
+def along_gradient(classify: Classify, images: Tensor, eps: float) -> Tensor:
+    """Images moved by one step of random size along the sign of the classifier's gradient: for half of them away from the label that it
+    gives, for the others towards a random one.
+
+    Args:
+        images: float32 [n, C, H, W] in [0, 1]
+        eps: largest step
+    """
+    moved = images.clone().requires_grad_(True)
+    logits = classify(moved)[contract.LOGITS]
+    away = torch.rand(len(images), device=images.device) < 0.5
+    towards = torch.randint(logits.shape[1], (len(images),), device=images.device)
+    losses = nn.functional.cross_entropy(logits, torch.where(away, logits.argmax(dim=1), towards), reduction="none")
+    (gradient,) = torch.autograd.grad((losses * torch.where(away, 1.0, -1.0)).sum(), moved)
+    steps = eps * torch.rand(len(images), 1, 1, 1, device=images.device)
+    return (images + steps * gradient.sign()).clamp(0, 1)
+
+
+def train_autoencoder(spec: AutoencoderSpec, images: Images, seed: int, folder: Path, classify: Classify | None = None) -> None:
     """Train a denoiser and write its weights into ``folder``.
 
-    It minimises ``MSE(A(corrupt(x)), x)`` on clean images (NoiSec section 4.1)."""
+    It minimises ``MSE(A(corrupt(x)), x)`` on clean images (NoiSec section 4.1); with guidance also the mean absolute difference of the
+    classifier's features, and half of the noise then follows the classifier's gradient (Liao et al. 2018, "high-level representation
+    guided denoiser").
+
+    Args:
+        classify: the protected classifier; only guidance asks it
+    """
     torch.manual_seed(seed)
     network = DENOISERS[spec.network](images.shape)
 
     def loss(batch: Tensor, labels: Tensor) -> Tensor:
-        return nn.functional.mse_loss(network(corrupt(batch, spec.noise_sd, spec.patches)), batch)
+        corrupted = corrupt(batch, spec.noise_sd, spec.patches)
+        if not spec.guidance:
+            return nn.functional.mse_loss(network(corrupted), batch)
+        assert classify is not None
+        half = len(batch) // 2
+        reconstruction = network(torch.cat([along_gradient(classify, batch[:half], spec.noise_sd), corrupted[half:]]))
+        with torch.no_grad():
+            wanted = classify(batch)[contract.PENULTIMATE]
+        difference = nn.functional.l1_loss(classify(reconstruction)[contract.PENULTIMATE], wanted)
+        return nn.functional.mse_loss(reconstruction, batch) + spec.guidance * difference
 
     optimise(network, images, loss, Schedule(spec.epochs, spec.batch_size, spec.learning_rate), folder, "training autoencoder")
 

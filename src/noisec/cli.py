@@ -249,7 +249,7 @@ def detection(
     ladder: Annotated[str, typer.Option(help="Epsilons of the attackers that adapt to the guard; the first for all of them.")] = "",
     triggers: Annotated[str, typer.Option(help="Backdoors: badnets, blend, wanet, label-consistent, adaptive-blend, iad, bpp.")] = "",
     images: Annotated[int, typer.Option(help="Benign images, and as many attacked ones.", min=100)] = 1000,
-    slow: Annotated[int, typer.Option(help="Images for C&W, DeepFool, AutoAttack and HopSkipJump.", min=10)] = 200,
+    slow: Annotated[int, typer.Option(help="Images for C&W, DeepFool, AutoAttack and HopSkipJump.", min=10)] = 100,
     laddered: Annotated[int, typer.Option(help="Images for the attackers that adapt.", min=10)] = 200,
     queries: Annotated[int, typer.Option(help="Of the query attacker, for each image.", min=1)] = 1000,
     square: Annotated[int, typer.Option(help="Queries of Square and HopSkipJump.", min=1)] = 1000,

@@ -1,0 +1,155 @@
+"""What is compared: the guard's own verdict, each of its statistics alone, the published method, and other papers' detectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from noisec import contract
+from noisec.benchmarks.detection.baselines import (
+    Artifacts,
+    Baseline,
+    MagNet,
+    Manda,
+    ScaleUp,
+    Strip,
+    Supervised,
+    divergence_alone,
+    reconstruction_error_alone,
+)
+from noisec.benchmarks.detection.subject import Subject
+from noisec.builders.calibrate import fit_tensors
+from noisec.builders.images import Floats, Images
+from noisec.builders.spec import DetectorSpec
+from noisec.builders.stages import Tensors
+from noisec.python_backend.scorer.detectors import Head
+from noisec.python_backend.scorer.scoring import conformal_threshold
+
+ALPHA = 0.01
+BASELINE_FIT = 3000
+"""clean images that baselines are fitted on; the supervised ones see FGSM on the last third"""
+PUBLISHED = "NoiSec as published"
+ALONE = {
+    "F(n) mixture": DetectorSpec(view="noise"),
+    "F(n) class Gaussian": DetectorSpec(kind="class-gaussian", view="noise"),
+    "dF mixture": DetectorSpec(view="delta"),
+    "dF class Gaussian": DetectorSpec(kind="class-gaussian", view="delta"),
+    "d logits class Gaussian": DetectorSpec(kind="logit-gaussian", view="delta"),
+    "divergence": DetectorSpec(kind="divergence", view="delta"),
+    "F(x) class Gaussian": DetectorSpec(kind="class-gaussian", view="image"),
+    "F(x) density": DetectorSpec(kind="density", view="image"),
+    "F(x) local dimension": DetectorSpec(kind="dimension", view="image"),
+    "head mutation": DetectorSpec(kind="mutation", view="image"),
+}
+"""each statistic by itself, fitted and calibrated as the guard's own are"""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Inputs, and what the stages answer to them."""
+
+    pixels: Floats
+    """[n, C, H, W] in [0, 1]"""
+    tensors: Tensors
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """The classifier's labels, int [n]."""
+        labels: npt.NDArray[np.int64] = self.tensors[contract.LOGITS].argmax(axis=1).astype(np.int64)
+        return labels
+
+
+Score = Callable[[Sent], Floats]
+"""inputs -> float32 [n], higher is more suspicious"""
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A detector with the threshold that its scores of the calibration images set."""
+
+    score: Score
+    threshold: float
+
+    @classmethod
+    def on(cls, score: Score, calibration: Sent) -> Calibrated:
+        return cls(score, float(conformal_threshold(np.sort(score(calibration)), ALPHA)))
+
+
+def panel(subject: Subject, fit: Sent, calibration: Sent) -> dict[str, Calibrated]:
+    """The guard's own verdict, its statistics alone, and the published method; all fitted and calibrated on the same images.
+
+    Args:
+        fit, calibration: the guard's own sets, with natural noise
+    """
+    own = Calibrated(lambda sent: subject.scorer.score(sent.tensors), float(subject.scorer.threshold))
+    found = {"default": own}
+    for name, detector in ALONE.items():
+        found[name] = alone(subject, detector, subject.spec.noise_levels, fit, calibration)
+    found[PUBLISHED] = alone(subject, DetectorSpec(view="noise"), 1, fit, calibration)
+    found["noise level"] = Calibrated.on(lambda sent: sent.tensors[contract.NOISE_LEVEL][:, 0], calibration)
+    return found
+
+
+def alone(subject: Subject, detector: DetectorSpec, levels: int, fit: Sent, calibration: Sent) -> Calibrated:
+    """One statistic as a detector of its own."""
+    spec = subject.spec.model_copy(update={"detectors": (detector,), "noise_levels": levels, "target_fpr": ALPHA})
+    scorer = fit_tensors(spec, fit.tensors, calibration.tensors, subject.head)
+    return Calibrated(lambda sent: scorer.score(sent.tensors), float(scorer.threshold))
+
+
+def baselines(subject: Subject, images: Images, attacked: Floats, calibration: Sent, *, backdoors: bool) -> dict[str, Calibrated]:
+    """Other papers' detectors.
+
+    Args:
+        images: clean fit images
+        attacked: FGSM on the last of them, float32 [m, C, H, W], for those that learn from attacks
+        backdoors: those for backdoored inputs, too
+    """
+    network = WithHead(subject.features, subject.head)
+    learned: list[Baseline] = [
+        MagNet(subject.denoiser),
+        reconstruction_error_alone(subject.denoiser),
+        divergence_alone(subject.denoiser),
+    ]
+    if backdoors:
+        learned += [Strip(), ScaleUp()]
+    for one in learned:
+        one.fit(images, subject.predict)
+    supervised: list[Supervised] = [Artifacts(network, subject.features), Manda(subject.features)]
+    for other in supervised:
+        other.fit(images, subject.predict, attacked)
+    scores = {**{one.name: one.score for one in learned}, **{one.name: one.score for one in supervised}}
+    return {name: Calibrated.on(_of_pixels(score), calibration) for name, score in scores.items()}
+
+
+def _of_pixels(score: Callable[[Floats], Floats]) -> Score:
+    return lambda sent: score(sent.pixels)
+
+
+class WithHead(nn.Module):
+    """A classifier as features and a linear layer, for detectors that drop features at random before it."""
+
+    def __init__(self, features: nn.Module, head: Head) -> None:
+        super().__init__()
+        self.features = features
+        self.activation = nn.ReLU() if head.rectified else nn.Identity()
+        self.linear = nn.Linear(head.weights.shape[0], head.weights.shape[1])
+        with torch.no_grad():
+            self.linear.weight.copy_(torch.from_numpy(head.weights.T.copy()))
+            self.linear.bias.copy_(torch.from_numpy(head.bias))
+        self.requires_grad_(False).eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """float32 [n, C, H, W] -> logits [n, classes]"""
+        logits: Tensor = self.linear(self.activation(self.features(images)))
+        return logits
+
+
+def scores_of(detectors: Mapping[str, Calibrated], sent: Sent) -> dict[str, Floats]:
+    """Every detector's scores."""
+    return {name: detector.score(sent).astype(np.float32) for name, detector in detectors.items()}

@@ -1,0 +1,94 @@
+"""A guard around a classifier that somebody has backdoored after its training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from noisec.benchmarks.detection.subject import Subject
+from noisec.builders.audit.triggers import TRIGGERS, LabelConsistent, Trigger, poison
+from noisec.builders.build import build
+from noisec.builders.networks import CLASSIFIERS
+from noisec.builders.protect import Preprocessing, fill, load_module, protect
+from noisec.builders.train import WEIGHTS, Schedule, optimise
+from noisec.builders.workbench import Workbench
+
+Pixels = npt.NDArray[np.uint8]
+TARGET, SHARE, CLEAN_LABEL_SHARE = 0, 0.1, 0.05
+"""class that the trigger leads to, and share of poisoned training images, where they keep their label all of that class's"""
+TRAINED_ON = 20000
+"""training images that the supplier goes on training with"""
+SCHEDULE = Schedule(3, 128, 1e-3)
+
+
+def poisoned_guard(subject: Subject, name: str, work: Path, seed: int) -> tuple[Subject, Callable[[Pixels], Pixels], int]:
+    """The same guard, its detectors fitted anew, around the same classifier trained on with poisoned images.
+
+    The supplier goes on from the clean classifier for a few epochs: a backdoor takes a fraction of the time that training from scratch
+    would, and clean accuracy stays.
+
+    Returns:
+        the guard, the trigger uint8 [n, C, H, W] -> uint8 [n, C, H, W], and its target class
+    """
+    bench = Workbench(work)
+    images = subject.splits.train[:TRAINED_ON]
+    network = clean_module(subject, bench)
+    trigger: Trigger = TRIGGERS[name](images, TARGET, seed)
+    if isinstance(trigger, LabelConsistent):
+        trigger = LabelConsistent(adversary=_with_preprocessing(subject, network))
+    share = CLEAN_LABEL_SHARE if trigger.clean_label else SHARE
+
+    def make(folder: Path) -> None:
+        module = copy.deepcopy(network)
+        shown = _with_preprocessing(subject, module)
+        torch.manual_seed(seed)
+
+        def loss(batch: Tensor, labels: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(_logits(shown, batch), labels)
+
+        optimise(shown, poison(images, trigger, TARGET, share, seed), loss, SCHEDULE, folder, f"training {name}")
+        torch.save(module.state_dict(), folder / WEIGHTS)
+
+    inputs = {"guard": subject.digests, "trigger": name, "share": share, "images": len(images), "schedule": vars(SCHEDULE), "seed": seed}
+    weights = bench.step(f"poisoned-{name}", inputs, make) / WEIGHTS
+    update: dict[str, Any] = {"weights": weights, "epochs": None}
+    classifier = subject.spec.classifier.model_copy(update=update)
+    spec = subject.spec.model_copy(update={"name": f"{subject.name}_{name.replace('-', '_')}", "release": 1, "classifier": classifier})
+    repository = work / "detection" / "poisoned"
+    build(spec, repository, work, report=False, force=True)
+    return Subject.open(repository, spec.name, work), lambda pixels: trigger.apply(pixels, seed), TARGET
+
+
+def clean_module(subject: Subject, bench: Workbench) -> nn.Module:
+    """The guard's own classifier as the module that was exported."""
+    spec = subject.spec.classifier
+    if spec.factory:
+        return load_module(spec.factory, spec.weights)
+    assert spec.network is not None
+    module = CLASSIFIERS[spec.network](subject.splits.shape, len(subject.splits.class_names))
+    if spec.weights:
+        fill(module, spec.weights, spec.network)
+        return module.eval()
+    trained = protect(subject.spec, subject.splits, bench).network
+    assert trained is not None
+    module.load_state_dict({key.removeprefix("network."): value for key, value in trained.state_dict().items()})
+    return module.eval()
+
+
+def _with_preprocessing(subject: Subject, module: nn.Module) -> nn.Module:
+    """Images in [0, 1] -> the module's answer."""
+    return nn.Sequential(Preprocessing(subject.spec.classifier.preprocessing), module)
+
+
+def _logits(module: nn.Module, images: Tensor) -> Tensor:
+    """Reference networks answer logits and penultimate activations."""
+    answer = module(images)
+    logits: Tensor = answer[0] if isinstance(answer, tuple) else answer
+    return logits

@@ -1,0 +1,307 @@
+"""The detection benchmark of one guard: attacks, protocols, cells. Finished attacks are kept, so that an interrupted run goes on."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from noisec.benchmarks.detection import ladder
+from noisec.benchmarks.detection.cells import Access, Cell, Protocol, detection, share
+from noisec.benchmarks.detection.panel import BASELINE_FIT, PUBLISHED, Calibrated, Sent, baselines, panel
+from noisec.benchmarks.detection.poisoned import poisoned_guard
+from noisec.benchmarks.detection.report import write_results
+from noisec.benchmarks.detection.subject import Subject
+from noisec.benchmarks.detection.surrogate import surrogate
+from noisec.benchmarks.detection.torchscore import whole
+from noisec.builders.attacks import AttackedImages, AttackSpec, attack
+from noisec.builders.build import versions
+from noisec.builders.images import Floats, Images, natural
+from noisec.builders.progress import console
+from noisec.builders.workbench import Workbench
+
+SLOW = ("cw", "deepfool", "autoattack", "hopskipjump")
+"""methods that attack fewer images"""
+NOISY_SEED = 11
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything."""
+
+    images: int = 1000
+    """benign images, and others to attack"""
+    slow: int = 100
+    """images for slow attacks"""
+    laddered: int = 200
+    """images for attackers that adapt to the guard"""
+    queries: int = 1000
+    """of the query attacker, for each image"""
+    square: int = 1000
+    """queries of Square and HopSkipJump"""
+    surrogate_epochs: int = 2
+    """of the training of the gray-box attacker's own denoiser"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured on one guard."""
+
+    attacks: tuple[str, ...]
+    """``method-epsilon``, white-box on the classifier"""
+    black_box: tuple[str, ...] = ()
+    """the same made on a surrogate classifier, and replayed"""
+    ladder: tuple[float, ...] = ()
+    """epsilons of the attackers that adapt to the guard; the first is the paper's"""
+    triggers: tuple[str, ...] = ()
+    """backdoors, each in a classifier of its own"""
+    sizes: Sizes = Sizes()
+
+
+class Benchmark:
+    """One guard under one plan.
+
+    Args:
+        work: folder for finished attacks
+        seed: of every attack
+    """
+
+    def __init__(self, subject: Subject, plan: Plan, work: Path, seed: int) -> None:
+        self.subject, self.plan, self.seed = subject, plan, seed
+        self.bench = Workbench(work / "detection")
+        self.work = work
+        self.key = {"guard": subject.digests, "seed": seed}
+        self.cells: list[Cell] = []
+        self.scores: dict[tuple[str, str], dict[str, Floats]] = {}
+        self.known: dict[tuple[str, int], tuple[Sent, Floats]] = {}
+        size = plan.sizes.images
+        order = np.random.default_rng(seed).permutation(len(subject.splits.report))
+        self.benign = subject.splits.report[order[: len(order) // 2][:size]]
+        attackable = subject.splits.report[order[len(order) // 2 :]]
+        self.targets = right_ones(subject, attackable)[:size]
+        spec = subject.spec
+        self.fit = self._natural(subject.splits.fit, spec.seed, "fit images")
+        self.calibration = self._natural(subject.splits.calibrate, spec.seed + 1, "calibration images")
+        self.clean = self.send(self.benign.floats(), "clean images")
+        self.noisy = self._natural(self.benign, NOISY_SEED, "images with natural noise", always=True)
+
+    def send(self, pixels: Floats, title: str) -> Sent:
+        """Ask the stages about images float32 [n, C, H, W]."""
+        return Sent(pixels, self.subject.tensors(pixels, len(pixels), title))
+
+    def _natural(self, images: Images, seed: int, title: str, *, always: bool = False) -> Sent:
+        deviation = self.subject.spec.natural_noise_sd
+        batches = list(natural(images, deviation, seed, share=1.0 if always else 0.5))
+        return self.send(np.concatenate(batches), title)
+
+    def detectors(self) -> dict[str, Calibrated]:
+        """Everything that is compared."""
+        found = panel(self.subject, self.fit, self.calibration)
+        images = self.subject.splits.fit[:BASELINE_FIT]
+        part = images[len(images) * 2 // 3 :]
+        seen = self.attacked(AttackSpec("fgsm", self.plan.ladder[0] if self.plan.ladder else 0.05), part, "fit")
+        return {**found, **baselines(self.subject, images, seen.pixels, self.calibration, backdoors=bool(self.plan.triggers))}
+
+    def attacked(self, spec: AttackSpec, images: Images, what: str) -> AttackedImages:
+        """Images under one attack on the guard's classifier, made now or in an earlier run."""
+        inputs = {**self.key, "attack": spec.name, "on": what, "images": len(images), "queries": self.plan.sizes.square}
+
+        def make(folder: Path) -> None:
+            attack(self.subject.protected, images, spec, self.seed, self.plan.sizes.square).save(folder / "attacked.npz")
+
+        return AttackedImages.load(self.bench.step(f"{what}-{spec.name}", inputs, make) / "attacked.npz")
+
+    def run(self) -> None:
+        """Every cell."""
+        detectors = self.detectors()
+        self._keep("clean", detectors, self.clean)
+        self._keep("natural noise", detectors, self.noisy)
+        for name in self.plan.attacks:
+            spec = AttackSpec.parse(name)
+            images = self.targets[: self.plan.sizes.slow] if spec.method in SLOW else self.targets
+            self.white_box(spec, images, detectors)
+        for name in self.plan.black_box:
+            self.replayed(AttackSpec.parse(name), detectors)
+        for eps in self.plan.ladder:
+            self.adaptive(eps)
+        if self.plan.ladder:
+            self.gray_box(self.plan.ladder[0])
+            for with_score in (False, True):
+                self.query(self.plan.ladder[0], with_score)
+        for name in self.plan.triggers:
+            self.backdoor(name)
+
+    def white_box(self, spec: AttackSpec, images: Images, detectors: Mapping[str, Calibrated]) -> None:
+        """One attack with the classifier in hand, under both protocols."""
+        made = self.attacked(spec, images, "report")
+        sent = self.send(made.pixels, spec.name)
+        won = made.succeeded(sent.labels)
+        self._keep(spec.name, {name: detectors[name] for name in ("default", PUBLISHED)}, sent)
+        self.honest("white-box", spec, sent, won, detectors)
+        shuffled = self.send(shuffled_noise(images.floats(), made.pixels, self.seed), f"{spec.name}, shuffled")
+        for name in ("default", PUBLISHED):
+            self._cell(name, detectors[name], "published", "white-box", spec.method, spec.eps, sent, won, benign=shuffled)
+
+    def honest(self, access: Access, spec: AttackSpec, sent: Sent, won: npt.NDArray[np.bool_], detectors: Mapping[str, Calibrated]) -> None:
+        """All attacks, and in a cell of their own those that succeeded."""
+        for name, detector in detectors.items():
+            self._cell(name, detector, "honest", access, spec.method, spec.eps, sent, won)
+            chosen = Sent(sent.pixels[won], {key: value[won] for key, value in sent.tensors.items()})
+            self._cell(name, detector, "honest", access, f"{spec.method} (successful)", spec.eps, chosen, won[won])
+
+    def replayed(self, spec: AttackSpec, detectors: Mapping[str, Calibrated]) -> None:
+        """An attack on a smaller classifier that the attacker trained, replayed (NoiSec's black-box setting)."""
+        inputs = {**self.key, "attack": spec.name, "on": "surrogate", "images": len(self.targets)}
+
+        def make(folder: Path) -> None:
+            own = surrogate(self.subject, self.bench, self.seed)
+            attack(own, self.targets, spec, self.seed, self.plan.sizes.square).save(folder / "attacked.npz")
+
+        made = AttackedImages.load(self.bench.step(f"surrogate-{spec.name}", inputs, make) / "attacked.npz")
+        sent = self.send(made.pixels, f"{spec.name}, replayed")
+        self.honest("black-box", spec, sent, made.succeeded(sent.labels), {name: detectors[name] for name in ("default", PUBLISHED)})
+
+    def adaptive(self, eps: float) -> None:
+        """An attacker who holds the guard's own weights."""
+        images = self.targets[: self.plan.sizes.laddered]
+        threshold = float(self.subject.scorer.threshold)
+
+        def make() -> Floats:
+            return ladder.adaptive(whole(self.subject), images.floats(), images.labels, eps, threshold=threshold, seed=self.seed)
+
+        self._laddered("adaptive", eps, make)
+
+    def gray_box(self, eps: float) -> None:
+        """An attacker who knows the method and the classifier, and trains a guard of its own to practise on."""
+        images = self.targets[: self.plan.sizes.laddered]
+
+        def make() -> Floats:
+            own = ladder.gray_box(self.subject, self.work / "detection", self.seed + 1, self.plan.sizes.surrogate_epochs)
+            return ladder.adaptive(own.whole, images.floats(), images.labels, eps, threshold=own.threshold, seed=self.seed)
+
+        self._laddered("gray-box", eps, make)
+
+    def query(self, eps: float, with_score: bool) -> None:
+        """An attacker who may ask the guard ``queries`` times about each image."""
+        images = self.targets[: self.plan.sizes.laddered]
+        known: dict[str, Any] = {"with_score": with_score, "threshold": float(self.subject.scorer.threshold), "seed": self.seed}
+
+        def make() -> Floats:
+            ask = partial(ladder.ask, self.subject)
+            return ladder.query(ask, images.floats(), images.labels, eps, queries=self.plan.sizes.queries, **known).pixels
+
+        self._laddered("query", eps, make, "label, verdict and score" if with_score else "label and verdict")
+
+    def _laddered(self, access: Access, eps: float, make: Callable[[], Floats], note: str = "") -> None:
+        images = self.targets[: self.plan.sizes.laddered]
+        inputs = {**self.key, "eps": eps, "images": len(images), "queries": self.plan.sizes.queries, "note": note}
+        path = self.bench.step(access, inputs, lambda folder: AttackedImages(make(), images.labels).save(folder / "attacked.npz"))
+        made = AttackedImages.load(path / "attacked.npz")
+        sent = self.send(made.pixels, f"{access} {note}")
+        scorer = self.subject.scorer
+        own = Calibrated(lambda sent: scorer.score(sent.tensors), float(scorer.threshold))
+        name = {"adaptive": "PGD", "gray-box": "PGD", "query": "random search"}[access]
+        self._cell("default", own, "honest", access, name, eps, sent, made.succeeded(sent.labels), note=note)
+
+    def backdoor(self, trigger: str) -> None:
+        """The same guard around a classifier that a supplier has backdoored."""
+        guard, triggered, target = poisoned_guard(self.subject, trigger, self.work, self.seed)
+        other = Benchmark(guard, replace(self.plan, attacks=(), black_box=(), ladder=(), triggers=(trigger,)), self.work, self.seed)
+        chosen = self.targets.labels != target
+        pixels = triggered(self.targets.pixels[chosen]).astype(np.float32) / 255
+        sent = other.send(pixels, trigger)
+        won = sent.labels == target
+        for name, detector in other.detectors().items():
+            other._cell(name, detector, "honest", "backdoor", trigger, 0.0, sent, won)
+            hit = Sent(sent.pixels[won], {key: value[won] for key, value in sent.tensors.items()})
+            other._cell(name, detector, "honest", "backdoor", f"{trigger} (successful)", 0.0, hit, won[won])
+        self.cells += [replace(cell, guard=self.subject.name) for cell in other.cells]
+
+    def _keep(self, name: str, detectors: Mapping[str, Calibrated], sent: Sent) -> None:
+        found = {one: detectors[one].score(sent) for one in ("default", PUBLISHED) if one in detectors}
+        self.scores[self.subject.name, name] = found
+
+    def _cell(
+        self,
+        name: str,
+        detector: Calibrated,
+        protocol: Protocol,
+        access: Access,
+        attack: str,
+        eps: float,
+        sent: Sent,
+        won: npt.NDArray[np.bool_],
+        benign: Sent | None = None,
+        note: str = "",
+    ) -> None:
+        clean, scores = self._score(name, detector, benign or self.clean), self._score(name, detector, sent)
+        flagged = ~(scores <= detector.threshold)
+        self.cells.append(
+            Cell(
+                dataset=self.subject.spec.data.source,
+                guard=self.subject.name,
+                detector=name,
+                protocol=protocol,
+                access=access,
+                attack=attack,
+                eps=eps,
+                success=share(won) if len(won) else 0.0,
+                **detection(clean, scores),
+                fpr=share(~(self._score(name, detector, self.clean) <= detector.threshold)),
+                fpr_natural_noise=share(~(self._score(name, detector, self.noisy) <= detector.threshold)),
+                n_benign=len(clean),
+                n_malicious=len(scores),
+                seed=self.seed,
+                joint_success=share(won & ~flagged) if len(won) else 0.0,
+                note=note,
+            )
+        )
+
+    def _score(self, name: str, detector: Calibrated, sent: Sent) -> Floats:
+        """Scores of a set that several cells look at are computed once."""
+        key = (name, id(sent))
+        if key not in self.known:
+            self.known[key] = (sent, detector.score(sent))
+        return self.known[key][1]
+
+
+def right_ones(subject: Subject, images: Images) -> Images:
+    """The images that the classifier labels right: only those can be attacked."""
+    labels = np.concatenate([subject.predict(batch.floats()).argmax(axis=1) for batch in images.batches()])
+    return images[np.flatnonzero(labels == images.labels)]
+
+
+def shuffled_noise(clean: Floats, attacked: Floats, seed: int) -> Floats:
+    """Clean images with the attack's own noise, its pixels in random order (NoiSec's benign inputs): float32 [n, C, H, W]."""
+    noise = (attacked - clean).reshape(len(clean), -1)
+    mixed = np.random.default_rng(seed).permuted(noise, axis=1).reshape(clean.shape)
+    result: Floats = np.clip(clean + mixed, 0, 1).astype(np.float32)
+    return result
+
+
+def run_benchmark(subject: Subject, plan: Plan, work: Path, out: Path, seed: int, command: str) -> list[Cell]:
+    """Measure one guard and write its tables and plots into ``out``."""
+    start = time.monotonic()
+    benchmark = Benchmark(subject, plan, work, seed)
+    benchmark.run()
+    facts = {
+        "command": command,
+        "seed": seed,
+        "versions": {**versions(), "torch": torch.__version__},
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}",
+        "seconds": round(time.monotonic() - start),
+        "sizes": vars(plan.sizes),
+        "fit": len(subject.splits.fit),
+        "calibrate": len(subject.splits.calibrate),
+    }
+    write_results(benchmark.cells, benchmark.scores, facts, out)
+    console.print(f"{out}: {len(benchmark.cells)} cells")
+    return benchmark.cells
