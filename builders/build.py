@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import noisec
 from noisec import contract, manifest
 from noisec.builders import datasets, sanity
+from noisec.builders.audit.guard import audit_problems, audit_protected, said
 from noisec.builders.card import write_card
 from noisec.builders.engine import compute_capability, find_tensorrt
 from noisec.builders.export import AutoencoderStage, export_difference, export_stage, noise_offset
@@ -63,6 +64,10 @@ def build(spec: GuardSpec, repository: Path, work: Path, *, report: bool = True,
     sanity.refuse(sanity.data_problems(spec, splits, protected), force=force)
     problems, agreement = sanity.stage_problems(spec, splits, protected)
     sanity.refuse(problems, force=force)
+    evidence = audit_protected(spec, splits, protected, bench) if spec.audit != "off" else None
+    if evidence:
+        console.print(f"  {said(evidence, splits.class_names)}")
+        sanity.refuse(audit_problems(evidence, splits.class_names), force=force or spec.audit == "warn")
     autoencoder = build_autoencoder(spec, splits, bench, protected.stage)
     exact: dict[Stage, Path] = {"autoencoder": autoencoder, "classifier": protected.stage}
     attacked = attack_report(spec, protected, splits, bench) if report else None
@@ -73,7 +78,7 @@ def build(spec: GuardSpec, repository: Path, work: Path, *, report: bool = True,
     widths = Widths(splits.shape, protected.classes, protected.features)
     write_repository(repository, spec, widths, splits.class_names, served.stages, served.scorer, plans)
     if report:
-        write_card(repository, spec, protected.description, widths, measured, table)
+        write_card(repository, spec, protected.description, widths, measured, table, said(evidence, splits.class_names) if evidence else "")
     content = {
         "versions": versions(),
         "spec": json.loads(spec.model_dump_json()),
@@ -81,6 +86,7 @@ def build(spec: GuardSpec, repository: Path, work: Path, *, report: bool = True,
         "threshold": float(served.scorer.threshold),
         "classifier": protected.description,
         "attacked": attacked.name if attacked else None,
+        "audit": asdict(evidence) if evidence else None,
         "figures": measured,
         "precisions": table,
     }

@@ -35,7 +35,7 @@ or compiling the two stages.
 An attacker who holds the guard's own weights is not among these attacks, and is not stopped.
 
 ## Made of
-- autoencoder: `{autoencoder}`, trained on {train} clean images with noise of sd 0 to {noise_sd}{patches}
+{audit}- autoencoder: `{autoencoder}`, trained on {train} clean images with noise of sd 0 to {noise_sd}{patches}
 - detectors: {detectors}, fitted on {fit} clean images and calibrated on {calibrate} others,
   half of them with sensor noise of sd 0 to {natural}
 - {levels} noise level(s), runtime `{runtime}`, precision `{precision}`, seed {seed}
@@ -45,11 +45,18 @@ An attacker who holds the guard's own weights is not among these attacks, and is
 
 
 def write_card(
-    repository: Path, spec: GuardSpec, classifier: str, widths: Widths, measured: dict[str, Any], precisions: PrecisionTable
+    repository: Path,
+    spec: GuardSpec,
+    classifier: str,
+    widths: Widths,
+    measured: dict[str, Any],
+    precisions: PrecisionTable,
+    audit: str = "",
 ) -> None:
     """Write ``<repository>/<guard>/README.md``."""
     text = CARD.format(
         name=spec.name,
+        audit=f"- {audit}\n" if audit else "",
         release=spec.release,
         classifier=classifier,
         source=spec.data.source,

@@ -77,7 +77,9 @@ def recalibrate_with(infer: Infer, repository: Path, guard: str, work: Path, ask
     widths, names = read_widths(repository, guard)
     write_repository(repository, new, widths, names, stages, scorer, read_plans(repository, guard))
     write_card(repository, new, old["classifier"], widths, figures, table)
-    kept: dict[str, Any] = {key: old[key] for key in ("versions", "export_difference", "classifier", "attacked", "compiled") if key in old}
+    kept: dict[str, Any] = {
+        key: old[key] for key in ("versions", "export_difference", "classifier", "attacked", "audit", "compiled") if key in old
+    }
     content: dict[str, Any] = {
         **kept,
         "spec": json.loads(new.model_dump_json()),

@@ -102,13 +102,13 @@ class Benchmark:
         batches = list(natural(images, deviation, seed, share=1.0 if always else 0.5))
         return self.send(np.concatenate(batches), title)
 
-    def detectors(self) -> dict[str, Calibrated]:
-        """Everything that is compared."""
+    def detectors(self, *, backdoors: bool = False) -> dict[str, Calibrated]:
+        """Everything that is compared; ``backdoors`` adds detectors of triggers alone."""
         found = panel(self.subject, self.fit, self.calibration)
         images = self.subject.splits.fit[:BASELINE_FIT]
         part = images[len(images) * 2 // 3 :]
         seen = self.attacked(AttackSpec("fgsm", self.plan.ladder[0] if self.plan.ladder else 0.05), part, "fit")
-        return {**found, **baselines(self.subject, images, seen.pixels, self.calibration, backdoors=bool(self.plan.triggers))}
+        return {**found, **baselines(self.subject, images, seen.pixels, self.calibration, backdoors=backdoors)}
 
     def attacked(self, spec: AttackSpec, images: Images, what: str) -> AttackedImages:
         """Images under one attack on the guard's classifier, made now or in an earlier run."""
@@ -198,7 +198,8 @@ class Benchmark:
             ask = partial(ladder.ask, self.subject)
             return ladder.query(ask, images.floats(), images.labels, eps, queries=self.plan.sizes.queries, **known).pixels
 
-        self._laddered("query", eps, make, "label, verdict and score" if with_score else "label and verdict")
+        answers = "label, verdict and score" if with_score else "label and verdict"
+        self._laddered("query", eps, make, f"{self.plan.sizes.queries} queries, {answers}")
 
     def _laddered(self, access: Access, eps: float, make: Callable[[], Floats], note: str = "") -> None:
         images = self.targets[: self.plan.sizes.laddered]
@@ -214,12 +215,12 @@ class Benchmark:
     def backdoor(self, trigger: str) -> None:
         """The same guard around a classifier that a supplier has backdoored."""
         guard, triggered, target = poisoned_guard(self.subject, trigger, self.work, self.seed)
-        other = Benchmark(guard, replace(self.plan, attacks=(), black_box=(), ladder=(), triggers=(trigger,)), self.work, self.seed)
+        other = Benchmark(guard, replace(self.plan, attacks=(), black_box=(), ladder=(), triggers=()), self.work, self.seed)
         chosen = self.targets.labels != target
         pixels = triggered(self.targets.pixels[chosen]).astype(np.float32) / 255
         sent = other.send(pixels, trigger)
         won = sent.labels == target
-        for name, detector in other.detectors().items():
+        for name, detector in other.detectors(backdoors=True).items():
             other._cell(name, detector, "honest", "backdoor", trigger, 0.0, sent, won)
             hit = Sent(sent.pixels[won], {key: value[won] for key, value in sent.tensors.items()})
             other._cell(name, detector, "honest", "backdoor", f"{trigger} (successful)", 0.0, hit, won[won])

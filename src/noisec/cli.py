@@ -236,6 +236,71 @@ def verify(
     console.print(f"{', '.join(found)}: every file is as it was built")
 
 
+@app.command()
+def audit(
+    spec: Annotated[Path, typer.Argument(help="The guard's TOML file; its classifier is a PyTorch module or a reference network.")],
+    work: Annotated[Path, typer.Option(help="Folder for finished steps, as of `noisec build`.")] = Path("workbench"),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the evidence as JSON; - for standard output.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the labels under neuron noise into this picture.")] = None,
+) -> None:
+    """Search a classifier for a backdoor (BAN) before it ships. Exit code 0: none found; 3: probably backdoored; 1: it cannot be audited.
+
+    Example: `noisec audit builders/guards/demo.toml --plot audit.png`
+    """
+    _check_json(json_file)
+    import dataclasses
+
+    from noisec.builders.audit.guard import audit_protected, draw_audit, said
+    from noisec.builders.datasets import load_splits
+    from noisec.builders.protect import protect
+    from noisec.builders.spec import read_spec
+    from noisec.builders.workbench import Workbench
+
+    guard = read_spec(spec)
+    bench = Workbench(work / guard.name)
+    splits = load_splits(guard.data, guard.seed, cache=bench.folder / "images")
+    evidence = audit_protected(guard, splits, protect(guard, splits, bench), bench)
+    if plot:
+        draw_audit(evidence, splits.class_names, plot)
+    if json_file:
+        _write_json(json_file, dataclasses.asdict(evidence))
+    if json_file != Path("-"):
+        console.print(said(evidence, splits.class_names))
+    raise typer.Exit(3 if evidence.backdoored else 0)
+
+
+@app.command()
+def repair(
+    spec: Annotated[Path, typer.Argument(help="The guard's TOML file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="New weights file; an existing one is not written over.")],
+    work: Annotated[Path, typer.Option(help="Folder for finished steps, as of `noisec build`.")] = Path("workbench"),
+    epochs: Annotated[int, typer.Option(help="Of fine-tuning on 5 % of the training images.", min=1)] = 25,
+    learning_rate: Annotated[float, typer.Option(help="The paper's is .005; small networks need more, such as .02.")] = 0.005,
+) -> None:
+    """Fine-tune a backdoored classifier under neuron noise (BAN) and write the repaired weights; audit them again before they ship.
+
+    Example: `noisec repair guard.toml --out repaired.safetensors`
+    """
+    if out.exists():
+        raise NoisecError(f"--out {out}: there is a file already, and weights are not written over; choose another name")
+    from safetensors.torch import save_file
+
+    from noisec.builders.audit.guard import repair_protected
+    from noisec.builders.audit.repair import RepairSettings
+    from noisec.builders.datasets import load_splits
+    from noisec.builders.protect import protect
+    from noisec.builders.spec import read_spec
+    from noisec.builders.workbench import Workbench
+
+    guard = read_spec(spec)
+    bench = Workbench(work / guard.name)
+    splits = load_splits(guard.data, guard.seed, cache=bench.folder / "images")
+    settings = RepairSettings(epochs=epochs, learning_rate=learning_rate, seed=guard.seed)
+    module, figures = repair_protected(guard, splits, protect(guard, splits, bench), settings)
+    save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, out)
+    console.print(f"{out}: accuracy {figures['accuracy_before']:.4f} before, {figures['accuracy_after']:.4f} after; now: noisec audit")
+
+
 bench = typer.Typer(help="Measure a guard: detection under both protocols, throughput, audit.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
@@ -254,9 +319,7 @@ def detection(
     queries: Annotated[int, typer.Option(help="Of the query attacker, for each image.", min=1)] = 1000,
     square: Annotated[int, typer.Option(help="Queries of Square and HopSkipJump.", min=1)] = 1000,
     seed: Annotated[int, typer.Option(help="Of every attack.", min=0)] = 0,
-    work: Annotated[Path, typer.Option(help="The folder that the guard was built in; keeps finished attacks.")] = Path(
-        "workbench"
-    ),
+    work: Annotated[Path, typer.Option(help="The folder that the guard was built in; keeps finished attacks.")] = Path("workbench"),
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for tables and plots.")] = Path("benchmarks/results/detection"),
 ) -> None:
     """Measure what a guard detects, under the honest and the published protocol, beside other detectors; an interrupted run goes on.

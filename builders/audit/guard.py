@@ -1,0 +1,112 @@
+"""The audit of a guard's own classifier, before it ships, and its repair."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from torch import nn
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+from noisec.builders.audit.ban import AuditSettings, audit
+from noisec.builders.audit.evidence import UNKNOWN, Evidence
+from noisec.builders.audit.measure import accuracy
+from noisec.builders.audit.repair import RepairSettings, repair
+from noisec.builders.images import Splits
+from noisec.builders.protect import Protected, fingerprint
+from noisec.builders.spec import GuardSpec
+from noisec.builders.workbench import Workbench
+from noisec.errors import NoisecError
+
+REPAIR_SHARE = 0.05
+"""of the training images: what the paper repairs with"""
+
+
+def audit_protected(spec: GuardSpec, splits: Splits, protected: Protected, bench: Workbench) -> Evidence:
+    """BAN's verdict on a guard's classifier, on its fit images, with which the classifier was not trained.
+
+    Raises:
+        NoisecError: the classifier is an ONNX file, or cannot be audited (`noisec.builders.audit.checks`).
+    """
+    network = module_of(protected)
+    settings = AuditSettings(seed=spec.seed)
+    inputs = {"weights": fingerprint(network), "settings": asdict(settings), "data": str(spec.data), "files": splits.digest}
+
+    def make(folder: Path) -> None:
+        found = audit(network, splits.fit, protected.classes, settings)
+        (folder / "evidence.json").write_text(json.dumps(asdict(found)))
+
+    content: dict[str, Any] = json.loads((bench.step("audit", inputs, make) / "evidence.json").read_text())
+    return Evidence(**{**content, "histogram": tuple(content["histogram"]), "norms": tuple(content["norms"])})
+
+
+def module_of(protected: Protected) -> nn.Module:
+    """The classifier as a PyTorch module.
+
+    Raises:
+        NoisecError: there is only an ONNX file.
+    """
+    if protected.network is None:
+        raise NoisecError(
+            f"{protected.description}: an ONNX graph has its batch norms folded away, and the audit puts noise on them: give the PyTorch "
+            'module with classifier.factory, or set audit = "off"'
+        )
+    return protected.network
+
+
+def audit_problems(evidence: Evidence, class_names: tuple[str, ...]) -> list[str]:
+    """Why a classifier should not ship; empty where no backdoor was found."""
+    return [said(evidence, class_names)] if evidence.backdoored else []
+
+
+def said(evidence: Evidence, class_names: tuple[str, ...]) -> str:
+    """The verdict in one sentence."""
+    share = (
+        f"{100 * evidence.top_class_share:.0f} % of the images get one label under neuron noise, {100 * evidence.share_without_noise:.0f}"
+    )
+    figures = f"{share} % without (score {evidence.score:.2f}, threshold {evidence.threshold:.2f})"
+    if not evidence.backdoored or evidence.target == UNKNOWN:
+        return f"audit: {'a backdoor is likely' if evidence.backdoored else 'no backdoor found'}: {figures}"
+    return f"audit: the classifier is probably backdoored towards class {evidence.target} ({class_names[evidence.target]}): {figures}"
+
+
+def draw_audit(evidence: Evidence, class_names: tuple[str, ...], path: Path) -> None:
+    """Shares of the labels under neuron noise, and where the verdict turns."""
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    shares = np.array(evidence.histogram)
+    colours = ["#b3261e" if evidence.backdoored and label == evidence.target else "#1f77b4" for label in range(len(shares))]
+    axes.bar(range(len(shares)), shares, color=colours)
+    chance = 1 / len(shares)
+    axes.axhline(evidence.threshold * (1 - chance) + chance, color="black", linestyle="--", linewidth=1, label="threshold")
+    axes.set_xticks(range(len(shares)), class_names[: len(shares)], rotation=45, ha="right")
+    axes.set_ylabel("share of labels under neuron noise")
+    axes.set_title("backdoored" if evidence.backdoored else "no backdoor found")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def repair_protected(spec: GuardSpec, splits: Splits, protected: Protected, settings: RepairSettings) -> tuple[nn.Module, dict[str, float]]:
+    """A repaired copy of a guard's classifier, and its accuracy on the report images before and after.
+
+    Returns:
+        the module as the guard's specification builds it, without what the build wraps around it
+    """
+    network = module_of(protected)
+    images = splits.train[: max(1, round(REPAIR_SHARE * len(splits.train)))]
+    repaired = repair(network, images, protected.classes, settings)
+    figures = {"accuracy_before": accuracy(network, splits.report), "accuracy_after": accuracy(repaired, splits.report)}
+    return inner(repaired), figures
+
+
+def inner(network: nn.Module) -> nn.Module:
+    """The user's own module inside what the build has put around it: preprocessing, or the choice of the logits."""
+    if isinstance(network, nn.Sequential) and len(network) == 2:
+        return network[1]
+    return getattr(network, "network", network)

@@ -1,0 +1,121 @@
+"""`noisec audit` and `noisec repair` on a guard's own classifier, and the audit as a step of the build."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_audit import TARGET, backdoored_network, clean_network, sets, small  # noqa: F401
+
+from noisec.builders.audit.evidence import Evidence
+from noisec.builders.audit.guard import audit_problems, audit_protected, said
+from noisec.builders.protect import Protected
+from noisec.builders.spec import read_spec
+from noisec.builders.workbench import Workbench
+from noisec.errors import NoisecError
+
+GUARD = """
+name = "audited"
+target_fpr = 0.05
+natural_noise_sd = 0.02
+{extra}
+[data]
+source = "fashion-mnist-test"
+train = 4000
+fit = 1500
+calibrate = 500
+report = 500
+
+[classifier]
+factory = "test_audit:small"
+weights = "{weights}"
+
+[autoencoder]
+epochs = 1
+
+[[detectors]]
+view = "image"
+"""
+
+
+def run(*arguments, cwd):
+    """The command in this folder's company, where the classifier's factory lies."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    return subprocess.run([sys.executable, "-m", "noisec", *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def guards(tmp_path_factory, request):
+    """``clean`` and ``bad`` -> TOML file of a guard around a classifier that was trained so."""
+    folder = tmp_path_factory.mktemp("audited")
+    found = {}
+    for name, fixture in (("clean", "clean_network"), ("bad", "backdoored_network")):
+        weights = folder / f"{name}.safetensors"
+        save_file(request.getfixturevalue(fixture).state_dict(), weights)
+        found[name] = folder / f"{name}.toml"
+        found[name].write_text(GUARD.format(weights=weights, extra=""))
+    return found
+
+
+@pytest.mark.parametrize(("name", "code"), [("clean", 0), ("bad", 3)])
+def test_the_exit_code_tells_a_backdoored_classifier(guards, tmp_path, name, code):
+    done = run("audit", guards[name], "--json", "found.json", "--plot", "found.png", cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["backdoored"] == (code == 3)
+    assert found["top_class_share"] == pytest.approx(max(found["histogram"]))
+    assert ("probably backdoored" in done.stdout) == (code == 3)
+    if code == 3:
+        assert found["target"] == TARGET
+    with Image.open(tmp_path / "found.png") as picture:
+        assert min(picture.size) > 300
+
+
+def test_a_repair_writes_new_weights_and_never_over_old_ones(guards, tmp_path):
+    out = tmp_path / "repaired.safetensors"
+    done = run("repair", guards["bad"], "--out", out, "--epochs", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    before = small().state_dict()
+    assert load_file(out).keys() == before.keys()
+    assert "before" in done.stdout
+    small().load_state_dict(load_file(out))
+    again = run("repair", guards["bad"], "--out", out, "--epochs", 1, cwd=tmp_path)
+    assert again.returncode == 1
+    assert "weights are not written over" in again.stderr
+
+
+def test_a_build_that_requires_the_audit_stops_at_a_backdoored_classifier(guards, tmp_path):
+    toml = tmp_path / "guard.toml"
+    toml.write_text(guards["bad"].read_text().replace("natural_noise_sd", 'audit = "require"\nnatural_noise_sd'))
+    done = run("build", toml, "--repository", "repository", cwd=tmp_path)
+    assert done.returncode == 1
+    assert f"probably backdoored towards class {TARGET}" in done.stderr
+    assert not (tmp_path / "repository").exists()
+
+
+def test_an_onnx_classifier_is_refused_with_the_reason(guards, tmp_path):
+    spec = read_spec(guards["clean"])
+    only_a_graph = Protected(tmp_path, None, lambda images: images, 10, 64, "mine.onnx")
+    with pytest.raises(NoisecError, match=r"mine\.onnx: an ONNX graph has its batch norms folded away"):
+        audit_protected(spec, None, only_a_graph, Workbench(tmp_path))
+
+
+def test_the_verdict_is_one_sentence_with_its_figures():
+    shares = (0.1, 0.8, 0.1)
+    bad = Evidence("ban", True, 0.7, 0.2, 1, 0.8, 0.34, shares, 1.0, 2.0)
+    names = ("shirt", "shoe", "bag")
+    assert audit_problems(bad, names) == [said(bad, names)]
+    assert "class 1 (shoe): 80 % of the images get one label under neuron noise, 34 % without (score 0.70, threshold 0.20)" in said(
+        bad, names
+    )
+    clean = Evidence("ban", False, 0.1, 0.2, 1, 0.4, 0.34, shares, 1.0, 2.0)
+    assert audit_problems(clean, names) == []
+    assert said(clean, names).startswith("audit: no backdoor found: 40 %")
+    assert np.isclose(sum(clean.histogram), 1)

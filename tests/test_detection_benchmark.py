@@ -1,0 +1,109 @@
+"""The detection benchmark measures what it says: disjoint sets, two protocols, every detector on the same inputs, nothing done twice."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from conftest import GUARD, REPOSITORY
+
+from noisec import contract
+from noisec.benchmarks.detection import run
+from noisec.benchmarks.detection.panel import ALONE, PUBLISHED
+from noisec.benchmarks.detection.run import Benchmark, Plan, Sizes, right_ones, run_benchmark, shuffled_noise
+from noisec.benchmarks.detection.subject import Subject
+from noisec.builders.images import Splits, cut
+from noisec.builders.sources import fashion_mnist
+from noisec.manifest import read_manifest
+
+PLAN = Plan(attacks=("fgsm-0.1",), sizes=Sizes(images=150, laddered=16, queries=10))
+
+
+@pytest.fixture(scope="module")
+def subject(spec, report):
+    """The reference guard with the 10,000 images that ship."""
+    fit, calibrate = cut(fashion_mnist.load("t10k"), (2000, 500), [7])
+    content = read_manifest(REPOSITORY, GUARD)
+    splits = Splits(fit[:0], fit, calibrate, report[:1000], tuple(map(str, range(10))))
+    return Subject(REPOSITORY, GUARD, content["release"], spec, splits)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("bench")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_images_for_the_baselines():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "BASELINE_FIT", 600)
+        yield
+
+
+@pytest.fixture(scope="module")
+def cells(subject, work):
+    return run_benchmark(subject, PLAN, work / "work", work / "out", 0, "noisec bench detection")
+
+
+def test_benign_and_attacked_images_are_disjoint_and_only_right_ones_are_attacked(subject, work):
+    benchmark = Benchmark(subject, PLAN, work / "work", 0)
+    benign, attacked = ({image.tobytes() for image in images.pixels} for images in (benchmark.benign, benchmark.targets))
+    assert len(benign) == len(attacked) == 150
+    assert not benign & attacked
+    assert (subject.predict(benchmark.targets.floats()).argmax(axis=1) == benchmark.targets.labels).all()
+    assert len(right_ones(subject, subject.splits.report)) < len(subject.splits.report)
+
+
+def test_every_detector_is_measured_under_the_honest_protocol_and_two_under_the_published(cells):
+    honest = {cell.detector for cell in cells if cell.protocol == "honest" and cell.attack == "fgsm"}
+    assert honest >= {"default", PUBLISHED, "MagNet", *ALONE}
+    assert {cell.detector for cell in cells if cell.protocol == "published"} == {"default", PUBLISHED}
+    assert {cell.attack for cell in cells} == {"fgsm", "fgsm (successful)"}
+
+
+def test_the_guards_own_figures_are_as_its_stages_and_scorer_give_them(cells, subject):
+    (cell,) = [one for one in cells if (one.detector, one.protocol, one.attack) == ("default", "honest", "fgsm")]
+    (won,) = [one for one in cells if (one.detector, one.protocol, one.attack) == ("default", "honest", "fgsm (successful)")]
+    assert cell.auroc > 0.98
+    assert cell.n_malicious == 150
+    assert won.n_malicious == round(cell.success * 150)
+    assert won.success == 1
+    assert cell.joint_success <= 1 - cell.tpr_at_1pct + 0.05
+    assert cell.fpr < 0.06
+
+
+def test_a_second_run_takes_the_attacks_from_the_first(cells, subject, work, monkeypatch):
+    def never(*arguments):
+        raise AssertionError("attacked again")
+
+    monkeypatch.setattr(run, "attack", never)
+    assert run_benchmark(subject, PLAN, work / "work", work / "again", 0, "") == cells
+    rows = [json.loads((work / folder / "summary.json").read_text()) for folder in ("out", "again")]
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == len(cells)
+
+
+def test_the_published_protocols_benign_inputs_carry_the_attacks_own_noise(pixels):
+    noise = np.sign(pixels - 0.5) * np.float32(0.03)
+    attacked = np.clip(pixels * 0.8 + 0.1, 0, 1) + noise
+    clean = np.clip(pixels * 0.8 + 0.1, 0, 1)
+    mixed = shuffled_noise(clean, attacked, 0) - clean
+    assert np.allclose(np.sort(mixed.reshape(len(pixels), -1)), np.sort(noise.reshape(len(pixels), -1)), atol=1e-6)
+    assert np.mean(np.abs(mixed - noise) > 1e-6) > 0.2
+
+
+def test_a_ladder_of_attackers_is_part_of_it(subject, work):
+    benchmark = Benchmark(subject, PLAN, work / "work", 0)
+    benchmark.adaptive(0.05)
+    benchmark.query(0.1, with_score=True)
+    adaptive, query = benchmark.cells
+    assert (adaptive.access, query.access) == ("adaptive", "query")
+    assert query.note == "10 queries, label, verdict and score"
+    assert 0 < adaptive.joint_success <= adaptive.success
+    assert adaptive.n_malicious == query.n_malicious == 16
+
+
+def test_every_pass_is_run_whatever_the_guards_own_detectors_need(subject, pixels):
+    tensors = subject.tensors(pixels, len(pixels))
+    assert set(contract.PASSES.values()) <= set(tensors)
