@@ -67,24 +67,9 @@ class Detector:
     scales: tuple[TailScale, ...]
     """[L]"""
 
-    def view(self, tensors: Mapping[str, Floats], labels: Integers, head: Head) -> View:
-        """The rows that this detector looks at; ``tensors``: name -> float32 [n, d]."""
-        return View(tuple(tensors[name] for name in self.inputs), labels, head)
-
-    def score(self, view: View, levels: Integers) -> Floats:
-        """Surprisal among natural inputs of the same noise level.
-
-        Args:
-            levels: int [n], in [0, L)
-
-        Returns:
-            float32 [n] in nats, NaN where the activations are not finite
-        """
-        result = np.empty(len(levels), np.float32)
-        for level in np.unique(levels):
-            rows = levels == level
-            result[rows] = self.scales[level](self.statistics[level].score(view[rows]))
-        return result
+    def score(self, view: View, level: int) -> Floats:
+        """Surprisal among natural inputs of the same noise level: float32 [n] in nats, NaN where the activations are not finite."""
+        return self.scales[level](self.statistics[level].score(view))
 
 
 @dataclass(frozen=True)
@@ -171,11 +156,19 @@ class Scorer:
         """Every detector's surprisal: float32 [number of detectors, n] in nats, NaN where the input is no image."""
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             levels = np.searchsorted(self.edges, tensors[NOISE_LEVEL][:, 0], side="right")
-            labels = self.labels(tensors)
-            scores = np.stack([detector.score(detector.view(tensors, labels, self.head), levels) for detector in self.detectors])
+            scores = np.empty((len(self.detectors), len(levels)), np.float32)
+            for level in np.unique(levels):
+                rows = np.flatnonzero(levels == level)
+                scores[:, rows] = self._score_level({name: tensors[name][rows] for name in self.inputs}, level)
         # A NaN in the image need not survive the networks (ReLU and max pooling may drop it); the range flag does.
         scores[:, tensors[IN_RANGE][:, 0] != 1] = np.nan
         return scores
+
+    def _score_level(self, tensors: Mapping[str, Floats], level: int) -> Floats:
+        """Every detector's surprisal of rows of one noise level: [number of detectors, n]."""
+        labels, known = self.labels(tensors), dict[int, Floats]()
+        views = [View(tuple(tensors[name] for name in detector.inputs), labels, self.head, known) for detector in self.detectors]
+        return np.stack([detector.score(view, level) for detector, view in zip(self.detectors, views, strict=True)])
 
     def labels(self, tensors: Mapping[str, Floats]) -> Integers:
         """The predicted classes, int [n]; zeros where no detector asks for them."""

@@ -6,7 +6,7 @@ Gaussian components, ``M`` of mutants and ``m`` of reference points. Every stati
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol
 
@@ -48,6 +48,15 @@ class View:
     labels: Integers
     """[n], the class that the classifier gives the image"""
     head: Head
+    known: dict[int, Floats] = field(default_factory=dict)
+    """logits of activations, by their identity: views of the same rows share them"""
+
+    def logits(self) -> list[Floats]:
+        """What the head makes of each of the activations: float32 [n, C] each."""
+        for part in self.activations:
+            if id(part) not in self.known:
+                self.known[id(part)] = self.head.logits(part)
+        return [self.known[id(part)] for part in self.activations]
 
     @property
     def vectors(self) -> Floats:
@@ -117,7 +126,7 @@ class LogitGaussian(ClassGaussian):
     @staticmethod
     def vectors(view: View) -> Floats:
         """float32 [n, C]"""
-        first, second = (view.head.logits(part) for part in view.activations)
+        first, second = view.logits()
         return first - second
 
 
@@ -130,7 +139,7 @@ class Divergence:
 
     def score(self, view: View) -> Floats:
         """In nats, between 0 and log 2; of two alike answers it is 0 but for rounding."""
-        first, second = (softmax(view.head.logits(part) / self.temperature) for part in view.activations)
+        first, second = (softmax(logits / self.temperature) for logits in view.logits())
         middle = (first + second) / 2
         result: Floats = (_relative_entropy(first, middle) + _relative_entropy(second, middle)) / 2
         return result
