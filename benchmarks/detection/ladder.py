@@ -306,8 +306,7 @@ def gray_box(subject: Subject, work: Path, seed: int, epochs: int, device: str =
     """
     bench = Workbench(work)
     spec, splits = surrogate_spec(subject, seed, epochs), surrogate_splits(subject, seed)
-    classifier = subject.stages["classifier"]
-    stages = {"autoencoder": build_autoencoder(spec, splits, bench, classifier), "classifier": classifier}
+    stages = {"autoencoder": second_denoiser(subject, work, seed, epochs), "classifier": subject.stages["classifier"]}
 
     def fit(folder: Path) -> None:
         run = StageRunner(in_process(stages), passes_needed(spec), spec.noise_source)
@@ -316,6 +315,12 @@ def gray_box(subject: Subject, work: Path, seed: int, epochs: int, device: str =
     inputs = {"from": stages["autoencoder"].name, "files": splits.digest, "spec": json.loads(spec.model_dump_json())}
     scorer = Scorer.load(bench.step("surrogate-scorer", inputs, fit) / "scorer.npz")
     return Surrogate(compose(stages, scorer, spec.noise_source, device), float(scorer.threshold))
+
+
+def second_denoiser(subject: Subject, work: Path, seed: int, epochs: int) -> Path:
+    """Folder with another autoencoder stage of the guard's kind: other seed, a random half of the training images."""
+    spec, splits = surrogate_spec(subject, seed, epochs), surrogate_splits(subject, seed)
+    return build_autoencoder(spec, splits, Workbench(work), subject.stages["classifier"])
 
 
 def surrogate_spec(subject: Subject, seed: int, epochs: int) -> GuardSpec:

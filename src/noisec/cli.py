@@ -335,6 +335,30 @@ def detection(
     run_benchmark(subject, plan, work / guard, out / guard, seed, f"noisec {' '.join(sys.argv[1:])}")
 
 
+@bench.command()
+def hardening(
+    repository: Repository,
+    guard: GuardName,
+    eps: Annotated[float, typer.Option(help="Largest change of a pixel.")],
+    count: Annotated[int, typer.Option(help="Images that the adaptive attacker attacks.", min=10)] = 100,
+    seed: Annotated[int, typer.Option(help="Of every attack and draw.", min=0)] = 0,
+    work: Annotated[Path, typer.Option(help="The folder that the guard was built in; keeps finished attacks.")] = Path("workbench"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the table.")] = Path("benchmarks/results/detection"),
+) -> None:
+    """Measure what random choices inside a guard cost an attacker who holds its weights.
+
+    Example: `noisec bench hardening model_repository --guard fashion_mnist --eps 0.05`
+    """
+    from noisec.benchmarks.detection.hardening import run_study
+
+    rows, text = run_study(repository, guard, work / guard, eps, count, seed)
+    folder = out / guard
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "hardening.md").write_text(text)
+    _write_json(folder / "hardening.json", rows)
+    console.print(f"{folder / 'hardening.md'}: {len(rows)} variants")
+
+
 def _parts(text: str) -> tuple[str, ...]:
     """Names between commas."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
