@@ -31,8 +31,8 @@ from noisec.python_backend.scorer.detectors import Head
 from noisec.python_backend.scorer.scoring import conformal_threshold
 
 ALPHA = 0.01
-BASELINE_FIT = 3000
-"""clean images that baselines are fitted on; the supervised ones see FGSM on the last third"""
+BASELINE_FIT, BASELINE_CALIBRATE = 3000, 1000
+"""clean images that baselines are fitted on, of which the supervised ones see the last third under FGSM, and calibrated on"""
 PUBLISHED = "NoiSec as published"
 ALONE = {
     "F(n) mixture": DetectorSpec(view="noise"),
@@ -123,8 +123,9 @@ def baselines(subject: Subject, images: Images, attacked: Floats, calibration: S
     supervised: list[Supervised] = [Artifacts(network, subject.features), Manda(subject.features)]
     for other in supervised:
         other.fit(images, subject.predict, attacked)
+    few = Sent(calibration.pixels[:BASELINE_CALIBRATE], {name: rows[:BASELINE_CALIBRATE] for name, rows in calibration.tensors.items()})
     scores = {**{one.name: one.score for one in learned}, **{one.name: one.score for one in supervised}}
-    return {name: Calibrated.on(_of_pixels(score), calibration) for name, score in scores.items()}
+    return {name: Calibrated.on(_of_pixels(score), few) for name, score in scores.items()}
 
 
 def _of_pixels(score: Callable[[Floats], Floats]) -> Score:

@@ -359,6 +359,26 @@ def hardening(
     console.print(f"{folder / 'hardening.md'}: {len(rows)} variants")
 
 
+@bench.command("audit")
+def audit_zoo(
+    work: Annotated[Path, typer.Option(help="Keeps trained classifiers and finished verdicts.")] = Path("workbench"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for tables and plot.")] = Path("benchmarks/results/audit"),
+    seeds: Annotated[int, typer.Option(help="Clean classifiers in each family; of each backdoor two fifths as many.", min=1)] = 5,
+    epochs: Annotated[int, typer.Option(help="Of each classifier's training.", min=1)] = 4,
+    only: Annotated[str | None, typer.Option(help="One family alone: resnet, vgg or densenet; a later run takes it over.")] = None,
+) -> None:
+    """Train clean and backdoored classifiers, and measure how well audits tell them apart and repairs mend them; resumable.
+
+    Example: `noisec bench audit --only resnet --seeds 1 --epochs 2 --out resnet`
+    """
+    from noisec.benchmarks.audit.families import FAMILIES
+    from noisec.benchmarks.audit.run import Plan, run_benchmark
+
+    families = (only,) if only else tuple(FAMILIES)
+    plan = Plan(families, clean=seeds, backdoored=max(1, round(0.4 * seeds)), epochs=epochs)
+    run_benchmark(plan, work, out, f"noisec {' '.join(sys.argv[1:])}")
+
+
 def _parts(text: str) -> tuple[str, ...]:
     """Names between commas."""
     return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -1,0 +1,272 @@
+"""The audit benchmark: every classifier of the zoo judged by every method, and every backdoored one repaired. Finished steps are kept."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from noisec.benchmarks.audit.families import FAMILIES
+from noisec.benchmarks.audit.report import Found, Repaired, write_results
+from noisec.benchmarks.audit.zoo import ATTACKS, CALIBRATION_SEED, CLEAN, HARD, TUNING_SEED, Data, Model, Recipe, Zoo, load_data
+from noisec.builders.audit.ban import AuditSettings, audit, calibrate
+from noisec.builders.audit.baselines import CleanseSettings, DecouplingSettings, bti_dbf, neural_cleanse
+from noisec.builders.audit.evidence import Evidence
+from noisec.builders.audit.measure import accuracy, attack_success
+from noisec.builders.audit.repair import RepairSettings, repair
+from noisec.builders.build import versions
+from noisec.builders.images import Images
+from noisec.builders.progress import console
+from noisec.builders.train import DEVICE
+from noisec.builders.workbench import Workbench, seconds_of
+from noisec.errors import NoisecError
+
+FALSE_ALARM = 0.05
+"""nominal, of every calibrated method"""
+REPAIR_SHARE = 0.05
+"""of the training images: what the paper repairs with"""
+RATES = (0.01, 0.02, 0.05)
+"""learning rates of the repair from which one is chosen for each family"""
+MOST_LOST = 0.02
+"""clean accuracy that the chosen rate may cost"""
+TUNING_ATTACK = "blend"
+
+
+@dataclass(frozen=True)
+class Methods:
+    """What the methods are run with."""
+
+    ban: AuditSettings = field(default_factory=AuditSettings)
+    published: AuditSettings = field(default_factory=lambda: AuditSettings(features="complement", repeats=1))
+    decoupling: DecouplingSettings = field(default_factory=DecouplingSettings)
+    cleanse: CleanseSettings = field(default_factory=CleanseSettings)
+    repair: RepairSettings = field(default_factory=RepairSettings)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which classifiers are trained, and how they are judged."""
+
+    families: tuple[str, ...] = tuple(FAMILIES)
+    attacks: tuple[str, ...] = ATTACKS
+    hard: tuple[str, ...] = HARD
+    clean: int = 5
+    """seeds of clean classifiers in each family"""
+    backdoored: int = 2
+    """seeds of each backdoor in each family"""
+    calibration: int = 6
+    """further clean seeds in each family, on which alone the thresholds are fitted"""
+    epochs: int = 4
+    cleansed: tuple[str, ...] = (CLEAN, "badnets")
+    """attacks whose first seed Neural Cleanse judges too; it is slow"""
+    methods: Methods = field(default_factory=Methods)
+
+    def recipes(self, family: str) -> list[Recipe]:
+        """The classifiers that are reported."""
+        clean = [Recipe(family, CLEAN, seed) for seed in range(self.clean)]
+        bad = [Recipe(family, attack, seed) for attack in self.attacks for seed in range(self.backdoored)]
+        return [*clean, *(Recipe(family, case, 0) for case in self.hard), *bad]
+
+    def calibrating(self, family: str) -> list[Recipe]:
+        """The clean classifiers that are not."""
+        return [Recipe(family, CLEAN, CALIBRATION_SEED + number, "calibration") for number in range(self.calibration)]
+
+
+class Benchmark:
+    """One plan on one machine.
+
+    Args:
+        work: folder for finished steps
+    """
+
+    def __init__(self, plan: Plan, data: Data, work: Path) -> None:
+        self.plan, self.data = plan, data
+        self.bench = Workbench(work / "audit")
+        self.zoo = Zoo(self.bench, data, plan.epochs)
+        self.machine = {"threads": torch.get_num_threads(), "device": DEVICE.type}
+        self.total = sum(len(plan.calibrating(family)) + len(plan.recipes(family)) for family in plan.families)
+        self.shown = 0
+
+    def run(self) -> list[Found]:
+        return [self.family(name) for name in self.plan.families]
+
+    def family(self, name: str) -> Found:
+        """One family: thresholds from its calibration models first, then everything that is reported."""
+        calibration = [(model, self.judge(model)) for model in map(self._next, self.plan.calibrating(name))]
+        methods = calibration[0][1]
+        thresholds = {method: calibrate([found[method].score for _, found in calibration], FALSE_ALARM) for method in methods}
+        models = [self._next(recipe) for recipe in self.plan.recipes(name)]
+        judged = [(model, judged_at(self.judge(model), thresholds)) for model in models if model.took]
+        rate, tried = self.choose_rate(name) if self.plan.attacks else (0.0, {})
+        bad = [model for model in models if model.recipe.backdoored and model.took]
+        return Found(
+            family=name,
+            thresholds=thresholds,
+            calibration=tuple(calibration),
+            judged=tuple(judged),
+            not_taken=tuple(model for model in models if not model.took),
+            rate=rate,
+            tried=tried,
+            repaired=tuple(self.repaired(model, rate) for model in bad),
+            repaired_as_published=tuple(self.repaired(model, self.plan.methods.repair.learning_rate) for model in bad),
+        )
+
+    def _next(self, recipe: Recipe) -> Model:
+        self.shown += 1
+        console.print(f"classifier {self.shown} of {self.total}: {recipe.text} ({recipe.role})")
+        return self.zoo.model(recipe)
+
+    def judge(self, model: Model) -> dict[str, Evidence]:
+        """Each method's evidence, all gathered one after the other on the same number of threads."""
+        methods = self.plan.methods
+        recipe = model.recipe
+        settings = {"ban": asdict(methods.ban), "ban-published": asdict(methods.published), "bti-dbf": asdict(methods.decoupling)}
+        with_cleanse = recipe.attack in self.plan.cleansed and recipe.seed == 0 and recipe.role == "reported"
+        if with_cleanse:
+            settings["neural-cleanse"] = asdict(methods.cleanse)
+        inputs = {"model": self.zoo.key(recipe), "settings": settings, "audit images": len(self.data.audit), **self.machine}
+
+        def make(folder: Path) -> None:
+            found = gather(self.zoo.network(model), self.data.of(recipe.attack).audit, model.classes, methods, with_cleanse)
+            (folder / "evidence.json").write_text(json.dumps({name: asdict(one) for name, one in found.items()}))
+
+        content = json.loads((self.bench.step(f"audit-{recipe.text}", inputs, make) / "evidence.json").read_text())
+        return {name: _evidence(one) for name, one in content.items()}
+
+    def choose_rate(self, family: str) -> tuple[float, dict[str, dict[str, float]]]:
+        """The repair's learning rate, chosen on a backdoored classifier that is not reported: of the rates that cost at most `MOST_LOST`
+        of its accuracy (of all, where none is that cheap) the one that leaves the least attack success. All figures are given back."""
+        model = self.zoo.model(Recipe(family, TUNING_ATTACK, TUNING_SEED, "tuning"))
+        tried = {rate: self.repaired(model, rate, self.data.audit) for rate in RATES}
+
+        def worth(rate: float) -> tuple[bool, float, float]:
+            one = tried[rate]
+            return one.accuracy_before - one.accuracy_after > MOST_LOST, one.success_after, rate
+
+        shown = {
+            f"{rate:g}": {"lost": one.accuracy_before - one.accuracy_after, "success": one.success_after} for rate, one in tried.items()
+        }
+        return min(RATES, key=worth), shown
+
+    def repaired(self, model: Model, rate: float, judging: Images | None = None) -> Repaired:
+        """What a repair on `REPAIR_SHARE` of the clean training images does.
+
+        Args:
+            judging: images that accuracy and attack success are measured on; the test images if left out
+        """
+        settings = replace(self.plan.methods.repair, learning_rate=rate)
+        judging = self.data.test if judging is None else judging
+        images = self.data.train[: round(REPAIR_SHARE * len(self.data.train))]
+        sizes = {"images": len(images), "judged": len(judging)}
+        inputs = {"model": self.zoo.key(model.recipe), "settings": asdict(settings), **sizes, **self.machine}
+
+        def make(folder: Path) -> None:
+            (folder / "repair.json").write_text(json.dumps(self._repair(model, images, judging, settings)))
+
+        folder = self.bench.step(f"repair-{model.recipe.text}-{rate:g}", inputs, make)
+        return Repaired(model, rate, **json.loads((folder / "repair.json").read_text()))
+
+    def _repair(self, model: Model, images: Images, judging: Images, settings: RepairSettings) -> dict[str, float]:
+        network, trigger = self.zoo.network(model), self.zoo.trigger(model.recipe)
+        assert model.target is not None
+        started = time.perf_counter()
+        mended = repair(network, images, model.classes, settings)
+        seconds = time.perf_counter() - started
+        figures = {"seconds": seconds}
+        for when, one in {"before": network, "after": mended}.items():
+            figures[f"accuracy_{when}"] = accuracy(one, judging)
+            figures[f"success_{when}"] = attack_success(one, judging, trigger, model.target)
+        return figures
+
+
+def gather(network: nn.Module, images: Images, classes: int, methods: Methods, with_cleanse: bool) -> dict[str, Evidence]:
+    """Method -> evidence; `with_cleanse` adds the slow one."""
+    _warm_up()
+    found = {
+        "ban": audit(network, images, classes, methods.ban),
+        "ban-published": audit(network, images, classes, methods.published),
+        "bti-dbf": bti_dbf(network, images, classes, methods.decoupling),
+    }
+    return {**found, "neural-cleanse": neural_cleanse(network, images, classes, methods.cleanse)} if with_cleanse else found
+
+
+@cache
+def _warm_up() -> None:
+    """What a process loads on first use is not in the first method's seconds."""
+    generator = np.random.default_rng(0)
+    images = Images.whole(generator.integers(0, 256, (100, 1, 28, 28), dtype=np.uint8), np.arange(100) % 10)
+    network = FAMILIES["vgg"](images.shape, 10)
+    tiny = AuditSettings(samples=80, steps=1, mask_epochs=1, repeats=1)
+    for settings in (tiny, replace(tiny, features="complement")):
+        audit(network, images, 10, settings)
+    bti_dbf(network, images, 10, DecouplingSettings(samples=80, mask_epochs=1, epochs=1))
+
+
+def judged_at(found: Mapping[str, Evidence], thresholds: Mapping[str, float]) -> dict[str, Evidence]:
+    """Evidence with the verdict at calibrated thresholds; a method without one keeps its own."""
+    return {
+        name: replace(one, threshold=thresholds[name], backdoored=one.score > thresholds[name]) if name in thresholds else one
+        for name, one in found.items()
+    }
+
+
+def _evidence(content: dict[str, Any]) -> Evidence:
+    return Evidence(**{**content, "histogram": tuple(content["histogram"]), "norms": tuple(content["norms"])})
+
+
+def check_plan(plan: Plan) -> None:
+    """Refuse a plan that cannot be measured.
+
+    Raises:
+        NoisecError: there is no such family, or too few classifiers.
+    """
+    unknown = sorted(set(plan.families) - set(FAMILIES))
+    if unknown or not plan.families:
+        raise NoisecError(f"no family {', '.join(unknown) or 'named'}; choose of {', '.join(FAMILIES)}")
+    if plan.calibration < 3 or plan.clean < 1 or plan.epochs < 1:
+        raise NoisecError("audit benchmark: at least 3 calibration models a family, 1 clean model and 1 epoch are needed")
+
+
+def run_benchmark(plan: Plan, work: Path, out: Path, command: str, data: Data | None = None) -> list[Found]:
+    """Train, judge and repair the zoo, and write tables and plot into ``out``."""
+    check_plan(plan)
+    start = time.monotonic()
+    benchmark = Benchmark(plan, data or load_data(), work)
+    found = benchmark.run()
+    seconds = round(time.monotonic() - start)
+    write_results(found, _facts(benchmark, found, command, seconds), out)
+    console.print(f"{out}: {sum(len(one.judged) for one in found)} classifiers judged, {benchmark.zoo.trained} trained in this run")
+    return found
+
+
+def _facts(benchmark: Benchmark, found: Sequence[Found], command: str, seconds: int) -> dict[str, Any]:
+    plan, data, zoo = benchmark.plan, benchmark.data, benchmark.zoo
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+    return {
+        "command": command,
+        "data": f"{data.name}: {len(data.train):,} to train on, {len(data.audit):,} for audits, {len(data.test):,} to measure with",
+        "seeds": f"clean 0 to {plan.clean - 1}, each backdoor 0 to {plan.backdoored - 1}, calibration from {CALIBRATION_SEED}, "
+        f"repair's learning rate {TUNING_SEED}",
+        "training": f"{plan.epochs} epochs; {zoo.trained} classifiers trained in this run, the others taken from earlier ones",
+        "machine": f"{platform.machine()}, {device}, {torch.get_num_threads()} threads, {platform.system()}",
+        "versions": {**versions(), "torch": torch.__version__},
+        "seconds of this run": seconds,
+        "seconds of all finished steps": round(spent(benchmark.bench)),
+        "nominal false-alarm rate": FALSE_ALARM,
+        "settings": {name: asdict(one) for name, one in vars(plan.methods).items()},
+    }
+
+
+def spent(bench: Workbench) -> float:
+    """How long the steps that are kept have taken, in this run and in earlier ones."""
+    done = [path.parent for path in bench.folder.glob("*/step.json") if not path.parent.name.startswith("trigger")]  # within others' time
+    return sum(map(seconds_of, done))
