@@ -23,7 +23,7 @@ from noisec.builders.workbench import Workbench
 Pixels = npt.NDArray[np.uint8]
 TARGET, SHARE, CLEAN_LABEL_SHARE = 0, 0.1, 0.05
 """class that the trigger leads to, and share of poisoned training images, where they keep their label all of that class's"""
-TRAINED_ON = 20000
+TRAINED_ON = 10000
 """training images that the supplier goes on training with"""
 SCHEDULE = Schedule(3, 128, 1e-3)
 
@@ -60,7 +60,9 @@ def poisoned_guard(subject: Subject, name: str, work: Path, seed: int) -> tuple[
     weights = bench.step(f"poisoned-{name}", inputs, make) / WEIGHTS
     update: dict[str, Any] = {"weights": weights, "epochs": None}
     classifier = subject.spec.classifier.model_copy(update=update)
-    spec = subject.spec.model_copy(update={"name": f"{subject.name}_{name.replace('-', '_')}", "release": 1, "classifier": classifier})
+    spec = subject.spec.model_copy(
+        update={"name": f"{subject.name}_{name.replace('-', '_')}", "release": 1, "classifier": classifier, "compare": ()}
+    )
     repository = work / "detection" / "poisoned"
     build(spec, repository, work, report=False, force=True)
     return Subject.open(repository, spec.name, work), lambda pixels: trigger.apply(pixels, seed), TARGET

@@ -332,7 +332,7 @@ def detection(
     sizes = Sizes(images, slow, laddered, queries, square)
     plan = Plan(_parts(attacks), _parts(black_box), tuple(map(float, _parts(ladder))), _parts(triggers), sizes)
     subject = Subject.open(repository, guard, work / guard)
-    run_benchmark(subject, plan, work / guard, out / guard, seed, f"noisec {' '.join(sys.argv[1:])}")
+    run_benchmark(subject, plan, work / guard, out / guard, seed, _command())
 
 
 @bench.command()
@@ -377,6 +377,11 @@ def audit_zoo(
     families = (only,) if only else tuple(FAMILIES)
     plan = Plan(families, clean=seeds, backdoored=max(1, round(0.4 * seeds)), epochs=epochs)
     run_benchmark(plan, work, out, f"noisec {' '.join(sys.argv[1:])}")
+
+
+def _command() -> str:
+    """What was typed, without this machine's folders."""
+    return " ".join(["noisec", *(Path(part).name if part.startswith("/") else part for part in sys.argv[1:])])
 
 
 def _parts(text: str) -> tuple[str, ...]:
