@@ -1,0 +1,62 @@
+"""A guided denoiser learns to undo what moves the classifier's features."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import GUARD, REPOSITORY
+
+from noisec import contract
+from noisec.builders.networks import DENOISERS
+from noisec.builders.sources import fashion_mnist
+from noisec.builders.spec import AutoencoderSpec
+from noisec.builders.torchgraph import TorchGraph
+from noisec.builders.train import along_gradient, load_network, train_autoencoder
+from noisec.contract import stage_model
+
+EPS = 0.1
+
+
+@pytest.fixture(scope="module")
+def classify():
+    return TorchGraph(REPOSITORY / stage_model(GUARD, "classifier") / "1" / "model.onnx").named
+
+
+@pytest.fixture(scope="module")
+def images(report):
+    return torch.from_numpy(report[:500].floats())
+
+
+def test_the_noise_follows_the_gradient_within_its_bound(classify, images):
+    torch.manual_seed(0)
+    moved = along_gradient(classify, images, EPS)
+    assert (moved - images).abs().max() <= EPS + 1e-6
+    assert moved.min() >= 0
+    assert moved.max() <= 1
+    random = (images + EPS * torch.rand(len(images), 1, 1, 1) * torch.randn_like(images).sign()).clamp(0, 1)
+    before = classify(images)[contract.LOGITS].argmax(dim=1)
+    changed = [float((classify(other)[contract.LOGITS].argmax(dim=1) != before).float().mean()) for other in (moved, random)]
+    assert changed[0] > 3 * changed[1]
+
+
+def test_guided_training_brings_the_features_back_better_than_plain_training(classify, images, tmp_path):
+    torch.manual_seed(1)
+    moved = along_gradient(classify, images, EPS)
+    wanted = classify(images)[contract.PENULTIMATE]
+    left = {}
+    for guidance in (0.0, 0.02):
+        spec = AutoencoderSpec(network="unet-small", epochs=2, noise_sd=EPS, guidance=guidance)
+        train_autoencoder(spec, fashion_mnist.load("t10k")[:2500], 0, tmp_path, classify)
+        denoiser = load_network(DENOISERS["unet-small"](images.shape[1:]), tmp_path)
+        with torch.no_grad():
+            left[guidance] = float((classify(denoiser(moved))[contract.PENULTIMATE] - wanted).abs().mean())
+    assert left[0.02] < left[0.0]
+
+
+def test_without_guidance_the_classifier_is_not_asked(tmp_path, report):
+    def never(batch):
+        raise AssertionError("asked")
+
+    train_autoencoder(AutoencoderSpec(network="unet-small", epochs=1), report[:64], 0, tmp_path, never)
+    weights = load_network(DENOISERS["unet-small"](report.shape), tmp_path).state_dict()
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
