@@ -289,10 +289,13 @@ def shuffled_noise(clean: Floats, attacked: Floats, seed: int) -> Floats:
 
 
 def run_benchmark(subject: Subject, plan: Plan, work: Path, out: Path, seed: int, command: str) -> list[Cell]:
-    """Measure one guard and write its tables and plots into ``out``."""
+    """Measure one guard and write its tables and plots into ``out``; interrupted with Ctrl-C, what is finished."""
     start = time.monotonic()
     benchmark = Benchmark(subject, plan, work, seed)
-    benchmark.run()
+    try:
+        benchmark.run()
+    except KeyboardInterrupt:
+        console.print("interrupted: writing the cells that are finished; the same command goes on from here")
     facts = {
         "command": command,
         "seed": seed,
