@@ -254,7 +254,7 @@ def test_an_ill_conditioned_mixture_is_refused(guard):
     scorer = Scorer.load(guard.repository / "mine_scorer" / "2" / "scorer.npz")
     assert sanity.scorer_problems(scorer) == []
     scorer.detectors[0].statistics[0].factors[0, 0, 0] *= 1e8
-    with pytest.raises(NoisecError, match=r"detector noise-2: its mixture's covariance has condition .*, at most 1e\+10 will do"):
+    with pytest.raises(NoisecError, match=r"detector noise-mixture-2: its mixture's covariance has condition .*, at most 1e\+10 will do"):
         sanity.refuse(sanity.scorer_problems(scorer), force=False)
 
 
@@ -281,7 +281,7 @@ def test_an_interrupted_step_is_not_taken_for_a_finished_one(tmp_path):
 
 def test_the_manifest_tells_what_the_guard_is_made_of(guard):
     content = read_manifest(guard.repository, "mine", 2)
-    assert content["spec"]["detectors"] == [{"view": "noise", "components": 2}]
+    assert content["spec"]["detectors"] == [{"kind": "mixture", "view": "noise", "components": 2, "temperature": 1.0}]
     assert {"torch", "onnxruntime", "numpy", "noisec-triton"} <= set(content["versions"])
     assert content["figures"]["attacks"]["pgd-0.1"].keys() >= {"success", "flagged", "auroc", "tpr_at_1pct"}
     json.dumps(content, allow_nan=False)

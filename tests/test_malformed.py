@@ -61,7 +61,11 @@ SPECS = {
         lambda text: text.replace('view = "delta"', 'view = "logits"'),
         "detectors.1.view: Input should be 'noise', 'delta' or 'image'",
     ),
-    "a detector twice": (lambda text: text.replace('view = "delta"', 'view = "noise"'), r"detectors: listed twice: \['noise-mixture'\]"),
+    "a detector twice": (lambda text: text.replace('view = "image"', 'view = "noise"'), r"listed twice: \['noise-class-gaussian'\]"),
+    "a view that does not fit": (
+        lambda text: text.replace('view = "delta"', 'view = "noise"'),
+        "a detector of kind 'divergence' has view 'delta'; view is 'noise'",
+    ),
     "no detectors": (lambda text: "detectors = []\n" + text.split("[[detectors]]")[0], "detectors: Tuple should have at least 1 item"),
     "no levels": (
         lambda text: text.replace("noise_levels = 4", "noise_levels = 0"),
