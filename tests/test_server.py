@@ -130,8 +130,8 @@ BROKEN = {
     "a calibration score that is no number": lambda arrays: arrays | {"calibration": np.append(arrays["calibration"], np.float32("nan"))},
     "alpha of one": lambda arrays: arrays | {"alpha": np.array(1.0)},
     "no detector": lambda arrays: arrays | {"detectors": np.array([], "U9")},
-    "a mean that is no number": lambda arrays: arrays | {"noise-mixture/0/means": arrays["noise-mixture/0/means"] * np.float32("nan")},
-    "a scale that falls": lambda arrays: arrays | {"noise-mixture/0/scores": arrays["noise-mixture/0/scores"][::-1]},
+    "a mean that is no number": lambda arrays: arrays | {"noise-class-gaussian/0/means": arrays["noise-class-gaussian/0/means"] * np.float32("nan")},
+    "a scale that falls": lambda arrays: arrays | {"noise-class-gaussian/0/scores": arrays["noise-class-gaussian/0/scores"][::-1]},
     "another release": lambda arrays: arrays | {"release": np.array(7, np.int32)},
 }
 
