@@ -37,6 +37,7 @@ def test_the_make_targets_exist():
         subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
 
 
+@pytest.mark.timeout(600)  # two minutes on two free cores
 def test_the_demo_builds_serves_attacks_and_shows(tmp_path):
     done = subprocess.run([*NOISEC, "demo", "--json", "figures.json"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
