@@ -124,14 +124,16 @@ def test_serving_leaves_the_repository_as_it_was(copy, pixels):
     assert verify(copy, GUARD) == []
 
 
+FIRST = "noise-class-gaussian/0"
+"""the reference guard's first detector at its first noise level"""
 BROKEN = {
     "calibration scores that do not ascend": lambda arrays: arrays | {"calibration": arrays["calibration"][::-1]},
     "no calibration scores": lambda arrays: arrays | {"calibration": arrays["calibration"][:0]},
     "a calibration score that is no number": lambda arrays: arrays | {"calibration": np.append(arrays["calibration"], np.float32("nan"))},
     "alpha of one": lambda arrays: arrays | {"alpha": np.array(1.0)},
     "no detector": lambda arrays: arrays | {"detectors": np.array([], "U9")},
-    "a mean that is no number": lambda arrays: arrays | {"noise-class-gaussian/0/means": arrays["noise-class-gaussian/0/means"] * np.float32("nan")},
-    "a scale that falls": lambda arrays: arrays | {"noise-class-gaussian/0/scores": arrays["noise-class-gaussian/0/scores"][::-1]},
+    "a mean that is no number": lambda arrays: arrays | {f"{FIRST}/means": arrays[f"{FIRST}/means"] * np.float32("nan")},
+    "a scale that falls": lambda arrays: arrays | {f"{FIRST}/scores": arrays[f"{FIRST}/scores"][::-1]},
     "another release": lambda arrays: arrays | {"release": np.array(7, np.int32)},
 }
 
