@@ -73,8 +73,10 @@ def network_config(spec: GuardSpec, stage: str, widths: Widths, plans: Mapping[s
         input=[_tensor(contract.IMAGE, widths.shape)],
         output=outputs[stage],
         dynamic_batching={"max_queue_delay_microseconds": spec.serving.queue_delay_microseconds},
-        instance_group=[{"count": 1, "kind": triton.ModelInstanceGroup.KIND_AUTO}],
+        instance_group=[{"count": spec.serving.instances, "kind": triton.ModelInstanceGroup.KIND_AUTO}],
     )
+    if spec.serving.max_queue_size:
+        config.dynamic_batching.default_queue_policy.max_queue_size = spec.serving.max_queue_size
     if plans:
         config.MergeFrom(_for_tensorrt(spec, widths, plans))
     return config

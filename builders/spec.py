@@ -214,6 +214,10 @@ class ServingSpec(Section):
     max_batch_size: Positive = 64
     queue_delay_microseconds: Annotated[int, Field(ge=0)] = 0
     """how long Triton's dynamic batcher waits for more requests"""
+    instances: Positive = 1
+    """copies of each network stage, on each GPU or on the CPU"""
+    max_queue_size: Annotated[int, Field(ge=0)] = 0
+    """requests that may wait for a network stage; more are refused at once. 0: any number"""
 
 
 class GuardSpec(Section):

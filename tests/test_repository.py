@@ -13,6 +13,7 @@ from tritonclient.grpc import model_config_pb2
 
 from noisec import contract
 from noisec.builders.figures import percent
+from noisec.builders.repository import Widths, network_config
 from noisec.contract import stage_model
 from noisec.errors import NoisecError
 from noisec.manifest import manifest_path, read_manifest, releases, verify
@@ -119,3 +120,14 @@ def test_missing_guards_and_releases_are_named(copy):
         read_manifest(copy, GUARD, 7)
     assert manifest_path(copy, GUARD, 1).is_file()
     assert ROOT.joinpath("LICENSE").is_file()
+
+
+def test_instances_and_queue_are_as_the_specification_says(spec):
+    widths = Widths((1, 28, 28), 10, 128)
+    plain = network_config(spec, "classifier", widths)
+    assert plain.instance_group[0].count == 1
+    assert not plain.dynamic_batching.HasField("default_queue_policy")
+    serving = spec.serving.model_copy(update={"instances": 3, "max_queue_size": 500})
+    config = network_config(spec.model_copy(update={"serving": serving}), "classifier", widths, {"9.0": "model_sm90.plan"})
+    assert config.instance_group[0].count == 3
+    assert config.dynamic_batching.default_queue_policy.max_queue_size == 500
