@@ -195,6 +195,22 @@ def test_a_broken_activation_is_malicious_and_its_neighbours_are_not_touched(vec
     assert np.array_equal(after.score[rest], before.score[rest])
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_rectified_head_hides_no_broken_activation(vectors, value):
+    head = Head(np.random.default_rng(1).standard_normal((8, 3)).astype(np.float32), np.zeros(3, np.float32), np.array(True))
+    divergence = Divergence(np.array(1.0, np.float32))
+    scale = fit_scale(divergence.score(seen(vectors[:1000], vectors[1000:], head=head)))
+    inputs = ("IMAGE_PENULTIMATE", "RECONSTRUCTION_PENULTIMATE")
+    detector = Detector("delta-divergence", "divergence", inputs, (divergence,), (scale,))
+    scorer = Scorer(3, 0.05, "fisher", np.empty(0, np.float32), head, (detector,), np.sort(vectors[:, 0]))
+    tensors = some_tensors(vectors[:10])
+    tensors["IMAGE_PENULTIMATE"] = tensors["IMAGE_PENULTIMATE"].copy()
+    tensors["IMAGE_PENULTIMATE"][4] = value
+    verdict = scorer.verdict(tensors)
+    assert verdict.is_malicious[4]
+    assert np.isnan(verdict.score).tolist() == [row == 4 for row in range(10)]
+
+
 @pytest.mark.parametrize("flag", [0.0, 0.5, np.nan])
 def test_what_is_out_of_range_is_malicious(vectors, flag):
     scorer, tensors = a_scorer(vectors), some_tensors(vectors[:10])

@@ -160,8 +160,11 @@ class Scorer:
             for level in np.unique(levels):
                 rows = np.flatnonzero(levels == level)
                 scores[:, rows] = self._score_level({name: tensors[name][rows] for name in self.inputs}, level)
-        # A NaN in the image need not survive the networks (ReLU and max pooling may drop it); the range flag does.
-        scores[:, tensors[IN_RANGE][:, 0] != 1] = np.nan
+        # What is no number in the image, or in the activations, need not survive a ReLU or max pooling, the head's own among them.
+        broken = tensors[IN_RANGE][:, 0] != 1
+        for name in self.inputs:
+            broken = broken | ~np.isfinite(tensors[name]).all(axis=1)
+        scores[:, broken] = np.nan
         return scores
 
     def _score_level(self, tensors: Mapping[str, Floats], level: int) -> Floats:

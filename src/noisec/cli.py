@@ -301,7 +301,7 @@ def repair(
     console.print(f"{out}: accuracy {figures['accuracy_before']:.4f} before, {figures['accuracy_after']:.4f} after; now: noisec audit")
 
 
-bench = typer.Typer(help="Measure a guard: detection under both protocols, throughput, audit.", no_args_is_help=True)
+bench = typer.Typer(help="Measure: what a guard detects, what hardening costs an attacker, what the audit finds.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 
