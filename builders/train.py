@@ -20,6 +20,8 @@ from noisec.builders.spec import AutoencoderSpec, BackdoorSpec, ClassifierSpec
 
 WEIGHTS, CHECKPOINT = "weights.pt", "checkpoint.pt"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LAYOUT = torch.channels_last
+"""of images and weights while training: convolutions are a third faster in it, on CPUs and GPUs"""
 PATCH_SIDES = (2, 6)
 """smallest and one more than the largest side of a random patch, in pixels"""
 Classify = Callable[[Tensor], Mapping[str, Tensor]]
@@ -149,7 +151,7 @@ def optimise(
     network: nn.Module, images: Images, loss: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, folder: Path, title: str
 ) -> None:
     """Train, keeping a checkpoint of every epoch in ``folder`` and going on from the one that an interrupted run left there."""
-    network.to(DEVICE)
+    network.to(DEVICE, memory_format=LAYOUT)
     size = min(schedule.batch_size, len(images))
     steps = len(images) // size
     optimiser = torch.optim.AdamW(network.parameters(), lr=schedule.learning_rate, weight_decay=1e-3)
@@ -160,7 +162,7 @@ def optimise(
     with bar(title, schedule.epochs * steps, done * steps) as shown:
         for epoch in range(done, schedule.epochs):
             for batch, labels in _batches(images, size, steps):
-                value = loss(batch.to(DEVICE), labels.to(DEVICE))
+                value = loss(batch.to(DEVICE, memory_format=LAYOUT), labels.to(DEVICE))
                 optimiser.zero_grad()
                 value.backward()  # type: ignore[no-untyped-call]
                 optimiser.step()

@@ -1,0 +1,1 @@
+"""Other servers with the same networks, each started in an environment of its own."""
