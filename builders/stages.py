@@ -47,10 +47,11 @@ class StageRunner:
         Returns:
             tensor name -> float32 [count, ...]
         """
-        results = [self._batch(batch) for batch in tracked(batches, title, -(-count // BATCH))]
+        results = [self.batch(batch) for batch in tracked(batches, title, -(-count // BATCH))]
         return joined(results)
 
-    def _batch(self, images: Floats) -> Tensors:
+    def batch(self, images: Floats) -> Tensors:
+        """The same of one batch, float32 [n, C, H, W]."""
         made = self._infer("autoencoder", images, (*{*contract.AUTOENCODER_OUTPUTS, self._noise_source},))
         sources = {"image": images, "noise": made[self._noise_source], "reconstruction": made[contract.RECONSTRUCTION]}
         results = {name: made[name] for name in (contract.NOISE_LEVEL, contract.IN_RANGE)}
