@@ -184,7 +184,7 @@ def ask(subject: Subject, images: Floats) -> tuple[Floats, Floats, Bools]:
     Returns:
         LOGITS float32 [n, classes], SCORE float32 [n], IS_MALICIOUS bool [n]
     """
-    tensors = joined([subject.runner._batch(batch) for batch in in_batches(images)])  # with no bar of its own: the attacker shows one
+    tensors = joined([subject.runner.batch(batch) for batch in in_batches(images)])  # with no bar of its own: the attacker shows one
     verdict = subject.scorer.verdict(tensors)
     return tensors[contract.LOGITS], verdict.score, verdict.is_malicious
 
