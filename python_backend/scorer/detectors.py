@@ -139,9 +139,8 @@ class Divergence:
 
     def score(self, view: View) -> Floats:
         """In nats, between 0 and log 2; of two alike answers it is 0 but for rounding."""
-        first, second = (softmax(logits / self.temperature) for logits in view.logits())
-        middle = (first + second) / 2
-        result: Floats = (_relative_entropy(first, middle) + _relative_entropy(second, middle)) / 2
+        answers = softmax(np.stack(view.logits()) / self.temperature)
+        result: Floats = _relative_entropy(answers, (answers[0] + answers[1]) / 2).sum(axis=0) / 2
         return result
 
 
@@ -225,9 +224,9 @@ def softmax(logits: Floats) -> Floats:
 
 
 def _relative_entropy(first: Floats, second: Floats) -> Floats:
-    """Kullback-Leibler divergence float32 [n] of rows [n, C]."""
+    """Kullback-Leibler divergence float32 [...] of rows [..., C]."""
     tiny = np.float32(1e-30)
-    result: Floats = (first * np.log((first + tiny) / (second + tiny))).sum(axis=1)
+    result: Floats = (first * np.log((first + tiny) / (second + tiny))).sum(axis=-1)
     return result
 
 

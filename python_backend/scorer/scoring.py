@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,12 +41,32 @@ class TailScale:
 
     def __call__(self, raw: Floats) -> Floats:
         """float32 [n] in nats from float32 [n]"""
-        inside = np.interp(raw, self.scores, self.surprisals)
-        slopes = np.diff(self.surprisals) / np.diff(self.scores)
-        below = np.minimum(raw - self.scores[0], 0) * slopes[0]
-        above = np.maximum(raw - self.scores[-1], 0) * slopes[-1]
-        result: Floats = (inside + below + above).astype(np.float32)
-        return result
+        return on_scale(raw, self.segments)
+
+    @property
+    def segments(self) -> npt.NDArray[np.float64]:
+        """[3, m - 1]: where each straight piece starts, its surprisal there, and its slope"""
+        scores, surprisals = self.scores.astype(np.float64), self.surprisals.astype(np.float64)
+        return np.stack([scores[:-1], surprisals[:-1], np.diff(surprisals) / np.diff(scores)])
+
+
+def on_scale(raw: Floats, segments: npt.NDArray[np.float64]) -> Floats:
+    """Surprisals of raw scores, each on a scale of its own or all on one: the first and the last piece go on for ever.
+
+    Args:
+        raw: float32 [...]
+        segments: float64 [3, m - 1], or [3, ..., m - 1] with a scale for each score
+
+    Returns:
+        float32 [...] in nats
+    """
+    piece = (raw[..., None] >= segments[0, ..., 1:]).sum(axis=-1)
+    # The piece's three numbers, picked from the flattened table: take_along_axis costs several times as much on small batches.
+    count = segments.shape[-1]
+    places = piece if segments.ndim == 2 else piece + np.arange(0, piece.size * count, count).reshape(piece.shape)
+    start, surprisal, slope = segments.reshape(3, -1)[:, places]
+    result: Floats = (surprisal + (raw - start) * slope).astype(np.float32)
+    return result
 
 
 @dataclass(frozen=True)
@@ -138,40 +159,52 @@ class Scorer:
     calibration: Floats
     """[m], scores of the calibration images, ascending"""
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[str, ...]:
         """Names of the tensors to feed: float32 [n, d] for each classifier pass, and [n, 1] NOISE_LEVEL and IN_RANGE."""
         image = (IMAGE_PENULTIMATE,) if self.needs_head else ()
         return tuple(dict.fromkeys([*(name for detector in self.detectors for name in detector.inputs), *image, NOISE_LEVEL, IN_RANGE]))
 
-    @property
+    @cached_property
     def needs_head(self) -> bool:
         return any(detector.kind in WITH_HEAD for detector in self.detectors)
 
-    @property
+    @cached_property
     def threshold(self) -> np.float32:
         return conformal_threshold(self.calibration, self.alpha)
+
+    @cached_property
+    def _segments(self) -> npt.NDArray[np.float64]:
+        """[3, number of detectors, L, m - 1], of every scale"""
+        return np.stack([np.stack([scale.segments for scale in detector.scales], axis=1) for detector in self.detectors], axis=1)
 
     def score_each(self, tensors: Mapping[str, Floats]) -> Floats:
         """Every detector's surprisal: float32 [number of detectors, n] in nats, NaN where the input is no image."""
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             levels = np.searchsorted(self.edges, tensors[NOISE_LEVEL][:, 0], side="right")
-            scores = np.empty((len(self.detectors), len(levels)), np.float32)
-            for level in np.unique(levels):
-                rows = np.flatnonzero(levels == level)
-                scores[:, rows] = self._score_level({name: tensors[name][rows] for name in self.inputs}, level)
+            scores = on_scale(self._raw(tensors, levels), self._segments[:, :, levels])
         # What is no number in the image, or in the activations, need not survive a ReLU or max pooling, the head's own among them.
-        broken = tensors[IN_RANGE][:, 0] != 1
-        for name in self.inputs:
-            broken = broken | ~np.isfinite(tensors[name]).all(axis=1)
-        scores[:, broken] = np.nan
+        together = np.concatenate([tensors[name] for name in self.inputs], axis=1)
+        scores[:, (tensors[IN_RANGE][:, 0] != 1) | ~np.isfinite(together).all(axis=1)] = np.nan
         return scores
 
-    def _score_level(self, tensors: Mapping[str, Floats], level: int) -> Floats:
-        """Every detector's surprisal of rows of one noise level: [number of detectors, n]."""
+    def _raw(self, tensors: Mapping[str, Floats], levels: Integers) -> Floats:
+        """Every detector's statistic, each row's of its own noise level: float32 [number of detectors, n]."""
+        present = np.flatnonzero(np.bincount(levels))
+        if len(present) == 1:
+            return self._raw_of_level(tensors, int(present[0]))
+        raw = np.empty((len(self.detectors), len(levels)), np.float32)
+        for level in present:
+            rows = np.flatnonzero(levels == level)
+            raw[:, rows] = self._raw_of_level({name: tensors[name][rows] for name in self.inputs}, level)
+        return raw
+
+    def _raw_of_level(self, tensors: Mapping[str, Floats], level: int) -> Floats:
+        """Every detector's statistic of rows of one noise level: [number of detectors, n]."""
         labels, known = self.labels(tensors), dict[int, Floats]()
         views = [View(tuple(tensors[name] for name in detector.inputs), labels, self.head, known) for detector in self.detectors]
-        return np.stack([detector.score(view, level) for detector, view in zip(self.detectors, views, strict=True)])
+        raw = [detector.statistics[level].score(view) for detector, view in zip(self.detectors, views, strict=True)]
+        return np.array(raw, np.float32)
 
     def labels(self, tensors: Mapping[str, Floats]) -> Integers:
         """The predicted classes, int [n]; zeros where no detector asks for them."""

@@ -43,12 +43,16 @@ def answer(requests: Sequence[Any], inputs: Sequence[str], compute: Compute, joi
 
 
 def _answer_together(requests: Sequence[Any], inputs: Sequence[str], compute: Compute, joint: Joint) -> list[Any]:
-    arrays = {name: [joint.read(pb_utils.get_input_tensor_by_name(request, name)) for request in requests] for name in inputs}
+    sent = [{tensor.name(): tensor for tensor in request.inputs()} for request in requests]
+    arrays = {name: [joint.read(tensors[name]) for tensors in sent] for name in inputs}
     joined = {name: parts[0] if len(parts) == 1 else joint.join(parts) for name, parts in arrays.items()}
-    wanted = [list(request.requested_output_names()) for request in requests]
+    wanted = [request.requested_output_names() for request in requests]
     results = compute(joined, sorted({name for names in wanted for name in names}))
-    edges = np.cumsum([0, *(len(part) for part in arrays[inputs[0]])])
-    return [
-        pb_utils.InferenceResponse([joint.write(name, results[name][start:stop]) for name in names])
-        for names, start, stop in zip(wanted, edges[:-1], edges[1:], strict=True)
-    ]
+    if len(requests) == 1:
+        return [pb_utils.InferenceResponse([joint.write(name, results[name]) for name in wanted[0]])]
+    responses, start = [], 0
+    for names, part in zip(wanted, arrays[inputs[0]], strict=True):
+        stop = start + len(part)
+        responses.append(pb_utils.InferenceResponse([joint.write(name, results[name][start:stop]) for name in names]))
+        start = stop
+    return responses
