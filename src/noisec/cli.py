@@ -301,7 +301,9 @@ def repair(
     console.print(f"{out}: accuracy {figures['accuracy_before']:.4f} before, {figures['accuracy_after']:.4f} after; now: noisec audit")
 
 
-bench = typer.Typer(help="Measure: what a guard detects, what hardening costs an attacker, what the audit finds.", no_args_is_help=True)
+bench = typer.Typer(
+    help="Measure: what a guard detects, what hardening costs an attacker, what the audit finds, what serving costs.", no_args_is_help=True
+)
 app.add_typer(bench, name="bench")
 
 
@@ -377,6 +379,35 @@ def audit_zoo(
     families = (only,) if only else tuple(FAMILIES)
     plan = Plan(families, clean=seeds, backdoored=max(1, round(0.4 * seeds)), epochs=epochs)
     run_benchmark(plan, work, out, f"noisec {' '.join(sys.argv[1:])}")
+
+
+@bench.command()
+def throughput(
+    repository: Repository,
+    guard: GuardName,
+    url: Annotated[str | None, typer.Option("--url", "-u", help="gRPC address of a server with it; else one is started.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="The same figures in under 3 minutes; writes no tables or plots.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures as JSON; - for standard output.")] = None,
+    peers: Annotated[str, typer.Option(help="Other servers, with commas: litserve, bentoml, mlserver, pytriton, ...; or none.")] = "none",
+    soak: Annotated[float, typer.Option(help="Seconds at 80 % load in the end.", min=0)] = 0,
+    work: Annotated[Path, typer.Option(help="Folder for decoded images and the environments of other servers.")] = Path("workbench"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for tables and plots.")] = Path("benchmarks/results/throughput"),
+) -> None:
+    """Measure what serving a guard costs: perf_analyzer's figures, and the limit without a server in the same run.
+
+    Example: `noisec bench throughput model_repository --guard fashion_mnist --quick --json figures.json`
+    """
+    _check_json(json_file)
+    from dataclasses import replace
+
+    from noisec.benchmarks.throughput.run import QUICK, Plan, run_benchmark
+
+    plan = replace(QUICK if quick else Plan(), peers=() if peers == "none" else _parts(peers), soak=soak)
+    summary = run_benchmark(repository, guard, plan, work, None if quick else out, url, _command())
+    if json_file != Path("-"):
+        _show(guard, ["", ""], [[name, _cell(value)] for name, value in summary.items() if name != "peers"])
+    if json_file:
+        _write_json(json_file, {guard: summary})
 
 
 def _command() -> str:

@@ -1,0 +1,156 @@
+"""The limit: the same graphs and the same scorer without a server, in processes that start together."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Barrier
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from threadpoolctl import threadpool_limits
+
+from noisec import contract
+from noisec.benchmarks.throughput.target import Target
+from noisec.builders.images import Floats
+from noisec.builders.stages import StageRunner, in_process
+from noisec.python_backend.scorer.scoring import Scorer
+
+What = Literal["guard", "classifier"]
+WARM_UP = 0.2
+START_SECONDS = 120.0
+"""how long the processes may take to start"""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What some processes computed together."""
+
+    what: What
+    processes: int
+    threads: int
+    """ONNX Runtime threads of each process"""
+    batch: int
+    per_second: float
+    """images"""
+    p50_ms: float
+    """of one batch"""
+
+
+class Computation:
+    """A guard in this process: every pass of its ensemble, one after the other, and its scorer.
+
+    Args:
+        threads: of ONNX Runtime
+    """
+
+    def __init__(self, target: Target, threads: int) -> None:
+        self._infer = in_process(target.stages, threads)
+        self._run = StageRunner(self._infer, target.passes, target.noise_source)
+        self._scorer = Scorer.load(target.scorer)
+
+    def classifier(self, images: Floats) -> npt.NDArray[np.int64]:
+        """Labels int64 [n] from the classifier alone."""
+        labels: npt.NDArray[np.int64] = self._infer("classifier", images, (contract.LOGITS,))[contract.LOGITS].argmax(axis=1)
+        return labels
+
+    def guard(self, images: Floats) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """Labels int64 [n] and verdicts bool [n]."""
+        tensors = self._run.batch(images)
+        return tensors[contract.LOGITS].argmax(axis=1), self._scorer.verdict(tensors).is_malicious
+
+
+class Processes:
+    """Processes that compute at the same time, each on its own.
+
+    Args:
+        count: of the pool's processes
+    """
+
+    def __init__(self, pool: ProcessPoolExecutor, count: int, threads: int) -> None:
+        self._pool = pool
+        self._count = count
+        self._threads = threads
+
+    def measure(self, what: What, batch: int, seconds: float) -> Speed:
+        """Images per second of all of them together: each counts the batches that it finishes in its own window of ``seconds``."""
+        futures = [self._pool.submit(_measure, what, batch, seconds) for _ in range(self._count)]
+        parts = [future.result() for future in futures]
+        rate = sum(batch * len(times) / sum(times) for times in parts)
+        return Speed(what, self._count, self._threads, batch, rate, float(np.median(np.concatenate(parts))) * 1000)
+
+
+@contextmanager
+def processes(target: Target, images: Floats, count: int, threads: int) -> Iterator[Processes]:
+    """``count`` processes with ``threads`` ONNX Runtime threads each.
+
+    Args:
+        images: float32 [n, C, H, W]; every batch is taken from them
+    """
+    context = multiprocessing.get_context("spawn")
+    start = context.Barrier(count)
+    with ProcessPoolExecutor(count, context, initializer=_prepare, initargs=(target, images, threads, start)) as pool:
+        yield Processes(pool, count, threads)
+
+
+def settings(cores: int) -> list[tuple[int, int]]:
+    """Processes and threads to try: from one process with a thread for every core to one process for every core."""
+    return [(count, threads) for count in range(1, cores + 1) for threads in range(1, cores + 1) if count * threads == cores]
+
+
+def sweep(
+    target: Target, images: Floats, what: Sequence[What], batches: Sequence[int], cores: int, seconds: float, repeats: int
+) -> list[Speed]:
+    """Every setting of processes and threads with every batch size, each the median of its repeats, which take turns."""
+    found: list[Speed] = []
+    for count, threads in settings(cores):
+        with processes(target, images, count, threads) as running:
+            rounds = [[running.measure(one, batch, seconds) for one in what for batch in batches] for _ in range(repeats)]
+        found += [median(list(same)) for same in zip(*rounds, strict=True)]
+    return found
+
+
+def median(speeds: Sequence[Speed]) -> Speed:
+    """The one in the middle."""
+    return sorted(speeds, key=lambda speed: speed.per_second)[len(speeds) // 2]
+
+
+def best(speeds: Sequence[Speed], what: What) -> Speed:
+    return max((speed for speed in speeds if speed.what == what), key=lambda speed: speed.per_second)
+
+
+_ready: tuple[Computation, Floats, Barrier]
+"""in each of the processes"""
+
+
+def _prepare(target: Target, images: Floats, threads: int, start: Barrier) -> None:
+    global _ready
+    threadpool_limits(1)  # NumPy's own threads: the server's scorer has one as well
+    _ready = (Computation(target, threads), images, start)
+
+
+def _measure(what: What, batch: int, seconds: float) -> list[float]:
+    """Seconds of each batch."""
+    computation, images, start = _ready
+    compute = computation.guard if what == "guard" else computation.classifier
+    parts = [np.ascontiguousarray(images[at : at + batch]) for at in range(0, len(images) - batch + 1, batch)]
+    start.wait(START_SECONDS)
+    _timed(compute, parts, WARM_UP)
+    start.wait(START_SECONDS)
+    return _timed(compute, parts, seconds)
+
+
+def _timed(compute: object, parts: Sequence[Floats], seconds: float) -> list[float]:
+    assert callable(compute)
+    times: list[float] = []
+    begin = now = time.perf_counter()
+    while now - begin < seconds:
+        compute(parts[len(times) % len(parts)])
+        times.append((end := time.perf_counter()) - now)
+        now = end
+    return times

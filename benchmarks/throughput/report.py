@@ -1,0 +1,253 @@
+"""A run's pages: tables, plots, CSV files, and the summary of all guards."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from noisec.benchmarks.throughput.plots import PLOTS, draw
+from noisec.benchmarks.throughput.rows import CLASSIFIER, GUARD, LABELS, Row, choose, middle, write_csv
+from noisec.benchmarks.throughput.summary import Summary, peer_figures, peer_names, read_summaries, write_summaries
+from noisec.builders.figures import markdown_table
+
+if TYPE_CHECKING:
+    from noisec.benchmarks.throughput.run import Observation, Result
+
+HOW = """*Limit*: the same ONNX files and the same scorer without a server, every pass of the ensemble, at the best number of processes,
+threads and batch size. *Served*: the guard's whole answer over gRPC, real images, on the same machine as its load. "perf_analyzer" and
+"own load" name the load generator; perf_analyzer always asks for every output. Open loops draw Poisson arrivals, and a latency counts from
+its arrival. Figures are medians over rounds in which what is compared takes turns."""
+GOALS = {"cifar10_resnet20": (0.95, 0.80)}
+"""guard -> share of the limit that is wanted of it at saturation, and with single images from 16 clients"""
+USUAL_GOALS = (0.80, 0.60)
+
+
+def write_results(guard: str, result: Result, summary: Summary, facts: Mapping[str, Any], out: Path) -> None:
+    """Write the guard's folder below ``out``, and its figures into ``out/summary.json`` beside those of other guards.
+
+    Args:
+        facts: ``command``, ``machine``, ``versions``, ``seconds`` and whatever else a reader should know
+    """
+    folder = out / guard
+    folder.mkdir(parents=True, exist_ok=True)
+    write_csv(result.rows, folder / "measurements.csv")
+    _write_stages(result.observations, folder / "stages.csv")
+    draw(result.rows, summary, folder)
+    (folder / "README.md").write_text(as_markdown(guard, result, summary, facts))
+    summaries = {**read_summaries(out / "summary.json"), guard: summary}
+    write_summaries(summaries, out / "summary.json")
+    (out / "README.md").write_text(_index(summaries))
+
+
+def as_markdown(guard: str, result: Result, summary: Summary, facts: Mapping[str, Any]) -> str:
+    """Every table of a run."""
+    rows = result.rows
+    tables = {
+        "Goals": goal_table(guard, result, summary),
+        "The limit, in process": _table(choose(rows, "limit"), "processes"),
+        "Batches and clients": _table([*choose(rows, "batches and clients"), *choose(rows, "shared memory")]),
+        "Single images": _table(choose(rows, "single images")),
+        "Side by side": _table(choose(rows, "side by side"), "clients or processes"),
+        "Labels alone": _medians(choose(rows, "labels")),
+        "One client, one image": _table(choose(rows, "one client")),
+        "Poisson arrivals of single images": _table(choose(rows, "arrivals"), "requests"),
+        "Mixed traffic": _table(choose(rows, "mixed")),
+        "Other servers": peer_table(result),
+        "Soak": _soak_table(result),
+        "The server meanwhile": stage_table(result.observations),
+    }
+    parts = [f"# Throughput of `{guard}`", HOW, _facts(facts)]
+    parts += [f"## {title}\n\n{table}" for title, table in tables.items() if table]
+    parts += [f"![{title}]({name})" for name, title in PLOTS.items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def goals(guard: str, result: Result, summary: Summary) -> list[tuple[str, str, bool]]:
+    """What is wanted, what was measured, and whether that is enough; what was not measured is left out."""
+    saturated, single = GOALS.get(guard, USUAL_GOALS)
+    tail = summary["p99_ms"] / summary["p50_ms"]
+    found = [
+        (f"saturated: >= {saturated:.0%} of the limit", f"{summary['served_over_limit']:.1%}", summary["served_over_limit"] >= saturated),
+        (
+            f"single images, 16 clients: >= {single:.0%} of the limit",
+            f"{summary['single_image_over_limit']:.1%}",
+            summary["single_image_over_limit"] >= single,
+        ),
+        ("labels alone: >= 97% of the bare classifier", f"{summary['label_only_over_bare']:.1%}", summary["label_only_over_bare"] >= 0.97),
+        ("one image, one client: <= 0.5 ms added", f"{summary['added_latency_ms']:.2f} ms", summary["added_latency_ms"] <= 0.5),
+        ("half the load: p99 <= 3 x p50", f"{tail:.2f} x", tail <= 3),
+    ]
+    return found + _peer_goals(result.rows, summary) + _soak_goals(result)
+
+
+def goal_table(guard: str, result: Result, summary: Summary) -> str:
+    rows = [[goal, measured, "met" if met else "**not met**"] for goal, measured, met in goals(guard, result, summary)]
+    return markdown_table(["goal", "measured", ""], rows)
+
+
+def _peer_goals(rows: Sequence[Row], summary: Summary) -> list[tuple[str, str, bool]]:
+    if not summary["peers"]:
+        return []
+    own = peer_figures(rows, GUARD, _many(rows))
+    many = own["per_second_single_image"] / max(peer["per_second_single_image"] for peer in summary["peers"].values())
+    one = own["per_second_1x1"] / max(peer["per_second_1x1"] for peer in summary["peers"].values())
+    return [
+        ("single images, 16 clients: >= 2 x the best other server", f"{many:.2f} x", many >= 2),
+        ("one image, one client: no slower than another server", f"{one:.2f} x", one >= 1),
+    ]
+
+
+def _soak_goals(result: Result) -> list[tuple[str, str, bool]]:
+    soak = choose(result.rows, "soak")
+    if not soak:
+        return []
+    failed, growth = sum(row.failed for row in soak), memory_growth(result.memory)
+    return [("80% load: no failed request", str(failed), failed == 0), ("80% load: memory grows <= 2%", f"{growth:.2%}", growth <= 0.02)]
+
+
+def memory_growth(megabytes: Sequence[float]) -> float:
+    """The mean of the last fifth over that of the first one, less 1."""
+    part = max(1, len(megabytes) // 5)
+    return sum(megabytes[-part:]) / sum(megabytes[:part]) - 1
+
+
+def peer_table(result: Result) -> str:
+    """Images per second of every server under the same loads, each at its best settings."""
+    names = peer_names(result.rows)
+    if not names and not result.absent:
+        return ""
+    rows = []
+    for name in [GUARD, *names] if names else []:
+        figures = peer_figures(result.rows, name, _many(result.rows))
+        encoding = choose(result.rows, "peers", what=name)[0].note.split("; ")[-1] if name != GUARD else "binary over gRPC"
+        rows.append([f"**{name}**" if name == GUARD else name, encoding, *(f"{value:,.0f}" for value in figures.values())])
+    table = markdown_table(["server", "encoding", "1 image, 1 client", "1 image, 16 clients", "saturated"], rows)
+    return "\n\n".join([table] * bool(names) + [f"{name} was not measured: {reason}" for name, reason in result.absent.items()])
+
+
+def _many(rows: Sequence[Row]) -> int:
+    return max((row.clients for row in choose(rows, "peers", batch=1)), default=1)
+
+
+def stage_table(observations: Sequence[Observation]) -> str:
+    """Triton's statistics; rounds of the same load one below the other."""
+    heads = ["during", "model", "requests", "images a batch", "queue ms", "input ms", "infer ms", "output ms", "cores busy", "server MB"]
+    rows = [
+        [
+            one.during,
+            stage.model,
+            str(stage.requests),
+            f"{stage.mean_batch:.1f}",
+            *(f"{value:.2f}" for value in (stage.queue_ms, stage.input_ms, stage.infer_ms, stage.output_ms)),
+            _cell(one.cores),
+            _cell(one.memory_mb, 0),
+        ]
+        for one in observations
+        for stage in one.stages
+    ]
+    return markdown_table(heads, rows)
+
+
+def _write_stages(observations: Sequence[Observation], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        heads = [
+            "during",
+            "model",
+            "requests",
+            "failed",
+            "images",
+            "executions",
+            "queue_ms",
+            "input_ms",
+            "infer_ms",
+            "output_ms",
+            "batches",
+        ]
+        writer.writerow(heads)
+        for one in observations:
+            for stage in one.stages:
+                sizes = " ".join(f"{size}x{count}" for size, count in stage.batches.items())
+                writer.writerow([one.during, *(_plain(getattr(stage, name)) for name in heads[1:-1]), sizes])
+
+
+def _plain(value: Any) -> Any:
+    return f"{value:.5g}" if isinstance(value, float) else value
+
+
+def _table(rows: Sequence[Row], clients: str = "clients") -> str:
+    if not rows:
+        return ""
+    heads = ["what", "tool", "batch", clients, "images/s", "p50 ms", "p95 ms", "p99 ms", "failed", ""]
+    return markdown_table(heads, [_line(row) for row in rows])
+
+
+def _line(row: Row) -> list[str]:
+    load = f"{row.rate:.0f}/s" if row.rate else str(row.clients)
+    times = [_cell(value, 2) for value in (row.p50_ms, row.p95_ms, row.p99_ms)]
+    return [row.what, row.tool, str(row.batch or "mixed"), load, f"{row.per_second:,.0f}", *times, str(row.failed), row.note]
+
+
+def _medians(rows: Sequence[Row]) -> str:
+    """Label-only requests beside the bare classifier, one line for each load."""
+    loads = dict.fromkeys((row.batch, row.clients) for row in rows)
+    lines = []
+    for batch, clients in loads:
+        guard, bare = (middle(choose(rows, "labels", what=what, batch=batch, clients=clients)) for what in (LABELS, CLASSIFIER))
+        lines.append([str(batch), str(clients), f"{guard:,.0f}", f"{bare:,.0f}", f"{guard / bare:.1%}"])
+    return markdown_table(["batch", "clients", "guard, label only: images/s", "classifier: images/s", "ratio"], lines)
+
+
+def _soak_table(result: Result) -> str:
+    rows = choose(result.rows, "soak")
+    if not rows:
+        return ""
+    requests = f"{sum(row.per_second for row in rows) / len(rows):,.0f} images/s, {sum(row.failed for row in rows)} failed"
+    memory = f"memory {result.memory[0]:,.0f} MB at the start, {result.memory[-1]:,.0f} MB at the end"
+    return f"{requests}; p99 {max(row.p99_ms for row in rows):.1f} ms in the worst part; {memory}."
+
+
+def _cell(value: float, digits: int = 2) -> str:
+    return "" if value != value else f"{value:.{digits}f}"
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    listed = {
+        name: ", ".join(f"{key} {one}" for key, one in value.items()) if isinstance(value, Mapping) else value
+        for name, value in facts.items()
+    }
+    command = listed.pop("command")
+    return f"```sh\n{command}\n```\n\n" + "\n".join(f"- {name}: {value}" for name, value in listed.items())
+
+
+def _index(summaries: Mapping[str, Summary]) -> str:
+    heads = [
+        "guard",
+        "limit/s",
+        "served/s",
+        "of the limit",
+        "single images/s",
+        "of the limit",
+        "labels alone",
+        "added ms",
+        "p50 ms",
+        "p99 ms",
+    ]
+    rows = [
+        [
+            f"[{guard}]({guard}/README.md)",
+            f"{one['limit_per_second']:,.0f}",
+            f"{one['served_per_second']:,.0f}",
+            f"{one['served_over_limit']:.1%}",
+            f"{one['single_image_per_second']:,.0f}",
+            f"{one['single_image_over_limit']:.1%}",
+            f"{one['label_only_over_bare']:.1%}",
+            f"{one['added_latency_ms']:.2f}",
+            f"{one['p50_ms']:.2f}",
+            f"{one['p99_ms']:.2f}",
+        ]
+        for guard, one in summaries.items()
+    ]
+    return "\n\n".join(["# Throughput", HOW, markdown_table(heads, rows)]) + "\n"

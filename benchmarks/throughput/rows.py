@@ -1,0 +1,96 @@
+"""Every measurement is a row; figures are medians of rows."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+from noisec.benchmarks.throughput.limit import Speed
+from noisec.benchmarks.throughput.load import Load
+from noisec.benchmarks.throughput.perf import Perf
+
+Part = Literal[
+    "limit",
+    "batches and clients",
+    "single images",
+    "side by side",
+    "shared memory",
+    "labels",
+    "one client",
+    "arrivals",
+    "mixed",
+    "peers",
+    "soak",
+]
+"""which question the measurement answers"""
+GUARD, CLASSIFIER, LABELS = "guard", "classifier", "guard, label only"
+NONE = float("nan")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. Figures that a tool does not give are NaN."""
+
+    part: Part
+    what: str
+    """what was asked: the guard, its bare classifier, or a peer"""
+    tool: str
+    """"in process", "perf_analyzer" or "own load" """
+    batch: int
+    clients: int
+    """requests under way, or processes that compute; 0 where a rate was given"""
+    rate: float
+    """requests per second at Poisson arrivals; 0 where clients were"""
+    per_second: float
+    """images"""
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    failed: int
+    note: str = ""
+
+
+def of_speed(part: Part, speed: Speed) -> Row:
+    note = f"{speed.threads} threads each"
+    return Row(part, speed.what, "in process", speed.batch, speed.processes, 0, speed.per_second, speed.p50_ms, NONE, NONE, 0, note)
+
+
+def of_perf(part: Part, perf: Perf, note: str = "") -> Row:
+    times = (perf.p50_ms, perf.p95_ms, perf.p99_ms)
+    return Row(part, GUARD, "perf_analyzer", perf.batch, perf.clients, 0, perf.per_second, *times, 0, note)
+
+
+def of_load(part: Part, what: str, load: Load, batch: int, clients: int = 0, rate: float = 0, note: str = "") -> Row:
+    times = (load.p50_ms, load.p95_ms, load.p99_ms)
+    return Row(part, what, "own load", batch, clients, rate, load.per_second, *times, load.failed, note)
+
+
+def choose(rows: Iterable[Row], part: Part, **wanted: Any) -> list[Row]:
+    """Rows of a part whose fields have these values."""
+    return [row for row in rows if row.part == part and all(getattr(row, name) == value for name, value in wanted.items())]
+
+
+def middle(rows: Sequence[Row], figure: str = "per_second") -> float:
+    """Median of a figure."""
+    return float(median(getattr(row, figure) for row in rows))
+
+
+def fastest(rows: Iterable[Row]) -> Row:
+    return max(rows, key=lambda row: row.per_second)
+
+
+def write_csv(rows: Iterable[Row], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: _cell(value) for name, value in asdict(row).items()} for row in rows)
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return "" if value != value else f"{value:.5g}"
+    return value

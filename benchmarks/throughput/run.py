@@ -1,0 +1,275 @@
+"""The throughput benchmark of one guard: its limit, what a server makes of it, and what other servers do."""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from noisec import contract, manifest
+from noisec.benchmarks.throughput import statistics
+from noisec.benchmarks.throughput.limit import best, processes, sweep
+from noisec.benchmarks.throughput.load import Connect, Generator, Traffic, generator, triton
+from noisec.benchmarks.throughput.perf import PerfAnalyzer, find_perf_analyzer, write_images
+from noisec.benchmarks.throughput.report import write_results
+from noisec.benchmarks.throughput.rows import CLASSIFIER, GUARD, LABELS, Part, Row, choose, fastest, middle, of_load, of_perf, of_speed
+from noisec.benchmarks.throughput.summary import Summary, summary_of
+from noisec.benchmarks.throughput.target import Target
+from noisec.builders.images import Floats
+from noisec.builders.progress import console
+from noisec.errors import NoisecError
+from noisec.python_backend.server import EmbeddedServer
+
+MANY = 16
+"""clients that send single images"""
+SOAK_LOAD, SOAK_CHUNK = 0.8, 10.0
+"""share of the throughput, and seconds between two looks at the memory"""
+MIXED = ((1, contract.OUTPUTS, 0.5), (1, (contract.LOGITS,), 0.2), (8, contract.OUTPUTS, 0.2), (8, contract.VERDICT, 0.1))
+"""batch, outputs and share of each kind of request in mixed traffic"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    seconds: float = 3.0
+    """of each measurement"""
+    rounds: int = 5
+    """in which measurements that are compared take turns"""
+    batches: tuple[int, ...] = (1, 8, 32, 64)
+    clients: tuple[int, ...] = (1, 2, 4, 8)
+    """with each of the batches"""
+    singles: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    """clients that send single images"""
+    limits: tuple[int, ...] = (1, 8, 32, 64, 128)
+    """batch sizes in process"""
+    loads: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 0.9)
+    """shares of the throughput of single images; .5 is always measured"""
+    soak: float = 0.0
+    """seconds at 80 % load"""
+    peers: tuple[str, ...] = ()
+
+
+QUICK = Plan(seconds=1.0, rounds=3, batches=(8, 32), clients=(2, 4), singles=(1, 4, 16), limits=(1, 8, 32), loads=(0.5,))
+"""the same figures in less time"""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the server did during some measurements."""
+
+    during: str
+    stages: list[statistics.Stage]
+    cores: float
+    """processor seconds per second of the server's processes; NaN where they are not on this machine"""
+    memory_mb: float
+
+
+@dataclass
+class Result:
+    """Everything that was measured."""
+
+    rows: list[Row] = field(default_factory=list)
+    observations: list[Observation] = field(default_factory=list)
+    memory: list[float] = field(default_factory=list)
+    """megabytes of the server after each part of the soak"""
+    absent: dict[str, str] = field(default_factory=dict)
+    """peer -> why it was not measured"""
+
+
+class Benchmark:
+    """One guard on one server.
+
+    Args:
+        url: gRPC address of the server
+        data: the images as perf_analyzer reads them
+        images: float32 [n, C, H, W]
+    """
+
+    def __init__(self, target: Target, url: str, plan: Plan, perf: PerfAnalyzer, data: Path, images: Floats, load: Generator) -> None:
+        self.target, self.url, self.plan, self.perf, self.data, self.images, self.load = target, url, plan, perf, data, images, load
+        self.result = Result()
+        self.rows = self.result.rows
+
+    def run(self) -> Result:
+        """Everything but the peers, in an order in which later parts use the settings that earlier ones found."""
+        for part in (self.limit, self.saturate, self.side_by_side, self.labels, self.one_client, self.arrivals, self.mixed, self.soak):
+            start = time.monotonic()
+            part()
+            console.print(f"  {part.__name__.replace('_', ' ')}: {time.monotonic() - start:.0f} s")
+        return self.result
+
+    def limit(self) -> None:
+        """Processes, threads and batch sizes, without a server."""
+        plan, batches = self.plan, [size for size in self.plan.limits if size <= len(self.images)]
+        found = sweep(self.target, self.images, ("guard", "classifier"), batches, cores(), plan.seconds / 2, max(1, plan.rounds // 2))
+        self.best_limit = best(found, "guard")
+        self.rows += [of_speed("limit", speed) for speed in found]
+
+    def saturate(self) -> None:
+        """Batches and clients, and single images from more and more clients."""
+        for batch in [size for size in self.plan.batches if size <= self.target.largest]:
+            for clients in self.plan.clients:
+                self._perf("batches and clients", batch, clients)
+        for clients in self.plan.singles:
+            self._perf("single images", 1, clients)
+        self.best = fastest(choose(self.rows, "batches and clients"))
+
+    def side_by_side(self) -> None:
+        """The best setting, single images from many clients, and the limit, in turns."""
+        top = self.best_limit
+        with processes(self.target, self.images, top.processes, top.threads) as computing:
+            for _ in range(self.plan.rounds):
+                self.rows.append(of_speed("side by side", computing.measure("guard", top.batch, self.plan.seconds)))
+                with self._observed(f"batch {self.best.batch} from {self.best.clients} clients"):
+                    self._perf("side by side", self.best.batch, self.best.clients)
+                with self._observed(f"single images from {MANY} clients"):
+                    self._perf("side by side", 1, MANY)
+        if statistics.server_processes():
+            self._perf("shared memory", self.best.batch, self.best.clients, shared_memory=True)
+
+    def labels(self) -> None:
+        """Label-only requests to the guard, and the same requests to the bare classifier, in turns."""
+        models = {LABELS: self.target.guard, CLASSIFIER: self.target.classifier}
+        for _ in range(self.plan.rounds):
+            for batch, clients in ((self.best.batch, self.best.clients), (1, MANY)):
+                for what, model in models.items():
+                    traffic = Traffic(self._connect(model, (contract.LOGITS,)), batch)
+                    found = self.load.closed([traffic], clients, self.plan.seconds)
+                    self.rows.append(of_load("labels", what, found, batch, clients))
+
+    def one_client(self) -> None:
+        """One single-threaded process, and one client, both with one image at a time, in turns."""
+        with processes(self.target, self.images, 1, 1) as computing:
+            for _ in range(self.plan.rounds):
+                self.rows.append(of_speed("one client", computing.measure("guard", 1, self.plan.seconds)))
+                self._perf("one client", 1, 1)
+
+    def arrivals(self) -> None:
+        """Single images at Poisson arrivals, at shares of the throughput that many clients reach."""
+        for load in self.plan.loads:
+            for turn in range(self.plan.rounds if load == 0.5 else 1):
+                found = self.load.open([self._both(1)], self._rate(load), max(2.0, self.plan.seconds), turn)
+                self.rows.append(of_load("arrivals", GUARD, found, 1, rate=self._rate(load), note=f"{load:g} of the throughput"))
+
+    def mixed(self) -> None:
+        """Several batch sizes and choices of outputs at once."""
+        traffic = [Traffic(self._connect(self.target.guard, outputs), batch, weight) for batch, outputs, weight in MIXED]
+        with self._observed("mixed traffic"):
+            found = self.load.closed(traffic, MANY, self.plan.seconds)
+        self.rows.append(of_load("mixed", GUARD, found, 0, MANY))
+
+    def soak(self) -> None:
+        """A long open loop."""
+        rate = self._rate(SOAK_LOAD)
+        for turn in range(round(self.plan.soak / SOAK_CHUNK)):
+            found = self.load.open([self._both(1)], rate, SOAK_CHUNK, turn)
+            self.rows.append(of_load("soak", GUARD, found, 1, rate=rate))
+            self.result.memory.append(statistics.usage(statistics.server_processes()).memory_mb)
+
+    def against(self, names: Sequence[str], work: Path) -> None:
+        """Peers, each in turns with this server, under the same load from the same generator."""
+        from noisec.benchmarks.throughput.compare import compare_peer, peers_named
+
+        loads = {(1, 1), (1, MANY), (self.best.batch, self.best.clients)}
+        for peer in peers_named(names):
+            with self._noting_absence(peer.name):
+                self.rows += compare_peer(
+                    peer, work, self.target, self._both, self.load, sorted(loads), self.plan.seconds, self.plan.rounds
+                )
+
+    @contextmanager
+    def _noting_absence(self, peer: str) -> Iterator[None]:
+        try:
+            yield
+        except NoisecError as error:
+            self.result.absent[peer] = str(error)
+            console.print(f"  {peer}: not measured: {error}")
+
+    def _rate(self, load: float) -> float:
+        return load * middle(choose(self.rows, "side by side", tool="perf_analyzer", clients=MANY, batch=1))
+
+    def _both(self, batch: int) -> Traffic:
+        return Traffic(self._connect(self.target.guard, contract.OUTPUTS), batch)
+
+    def _connect(self, model: str, outputs: Sequence[str]) -> Connect:
+        return partial(triton, self.url, model, tuple(outputs))
+
+    def _perf(self, part: Part, batch: int, clients: int, *, shared_memory: bool = False) -> None:
+        found = self.perf.measure(self.url, self.target.guard, self.data, batch, clients, self.plan.seconds, shared_memory=shared_memory)
+        self.rows.append(of_perf(part, found, "shared memory" if shared_memory else ""))
+
+    @contextmanager
+    def _observed(self, during: str) -> Iterator[None]:
+        models, own = manifest.models(self.target.guard), statistics.server_processes()
+        before, used, start = statistics.read(self.url, models), statistics.usage(own), time.monotonic()
+        yield
+        after, now = statistics.read(self.url, models), statistics.usage(own)
+        spent = (now.cpu_seconds - used.cpu_seconds) / (time.monotonic() - start) if own else float("nan")
+        self.result.observations.append(Observation(during, statistics.between(before, after), spent, now.memory_mb))
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def run_benchmark(repository: Path, guard: str, plan: Plan, work: Path, out: Path | None, url: str | None, command: str) -> Summary:
+    """Measure one guard, and write its tables and plots into ``out`` where that is given.
+
+    Args:
+        work: folder for decoded images and the peers' environments
+        url: gRPC address of a server that serves the repository; None starts the embedded server
+
+    Raises:
+        NoisecError: the guard, its images or perf_analyzer cannot be had, or a request failed under perf_analyzer.
+    """
+    start, target, perf = time.monotonic(), Target.open(repository, guard), find_perf_analyzer()
+    images = target.images(work / guard / "images")
+    if plan.soak and url:
+        raise NoisecError(f"--soak {plan.soak:g} with --url {url}: the memory of a server elsewhere cannot be seen; leave one of them out")
+    with (
+        tempfile.TemporaryDirectory(prefix="noisec-throughput-") as folder,
+        _serving(repository, url) as address,
+        generator(images) as load,
+    ):
+        data = write_images(Path(folder, "images.json"), images)
+        benchmark = Benchmark(target, address, plan, perf, data, images, load)
+        result = benchmark.run()
+        benchmark.against(plan.peers, work / "peers")
+    summary = summary_of(result.rows, MANY)
+    if out:
+        facts = {**_facts(plan, images), "command": command, "seconds": round(time.monotonic() - start)}
+        write_results(guard, result, summary, facts, out)
+        console.print(f"{out / guard}: {len(result.rows)} measurements")
+    return summary
+
+
+@contextmanager
+def _serving(repository: Path, url: str | None) -> Iterator[str]:
+    """The address of the server that is measured."""
+    if url:
+        yield url
+    else:
+        with EmbeddedServer(repository) as server:
+            yield server.grpc_url
+
+
+def _facts(plan: Plan, images: Floats) -> dict[str, Any]:
+    packages = ("onnxruntime", "nvidia-pytriton", "tritonclient", "numpy")
+    return {
+        "machine": f"{platform.machine()}, {cores()} cores, {platform.system()}; client, server and limit share it",
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "images": f"{len(images)} different ones, {list(np.shape(images)[1:])} float32",
+        "each measurement": f"{plan.seconds:g} s; what is compared takes turns for {plan.rounds} rounds, and medians are compared",
+    }
