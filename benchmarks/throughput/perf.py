@@ -17,7 +17,6 @@ import sys
 import sysconfig
 import tempfile
 import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +33,11 @@ WINDOWS = 3
 """measurements that each figure is the mean of: perf_analyzer compares as many of them with one another"""
 UNSTABLE = 999
 """per cent by which they may differ: the benchmark has rounds of its own"""
+TOO_SHORT = "No valid requests recorded"
+LONGER = 5
+"""times that a measurement that was too short is made, each twice as long"""
+SAID = 500
+"""characters of what it said that an error repeats"""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class PerfAnalyzer:
         Args:
             data: of :func:`write_images`
             clients: requests under way at any time
-            seconds: length of the measurement, besides about one for the start
+            seconds: length of the measurement, besides half of one for the start; more where no request ends in so short a time
             rate: requests per second at Poisson arrivals, in place of ``clients``
             shared_memory: images and answers through the system's shared memory, where server and client share a machine
 
@@ -88,19 +92,23 @@ class PerfAnalyzer:
             NoisecError: a request failed, or nothing was measured.
         """
         load = [f"--request-rate-range={rate}", "--request-distribution=poisson"] if rate else [f"--concurrency-range={clients}"]
-        window = f"--measurement-interval={max(1, round(1000 * seconds / WINDOWS))}"
-        stable = [window, f"--max-trials={WINDOWS}", f"--stability-percentage={UNSTABLE}", "--percentile=50"]
         memory = ["--shared-memory=system"] if shared_memory else []
+        asked = ["-m", model, "-u", url, "-i", "grpc", f"--input-data={data}", "-b", str(batch), *load, *memory]
         with tempfile.TemporaryDirectory(prefix="noisec-perf-") as folder:
             report = Path(folder, "report.csv")
-            command = [str(self.program), "-m", model, "-u", url, "-i", "grpc", f"--input-data={data}", "-b", str(batch), *load, *stable]
-            done = subprocess.run([*command, *memory, "-f", str(report)], env=self.environment, capture_output=True, text=True)
+            for length in (seconds * 2**turn for turn in range(LONGER)):
+                done = self._run([*asked, "-f", str(report)], length)
+                if TOO_SHORT not in done.stderr:
+                    break
             if done.returncode or not report.is_file():
-                said = [line for line in f"{done.stdout}\n{done.stderr}".splitlines() if "rror" in line or "ailed" in line]
-                raise NoisecError(
-                    f"perf_analyzer, {model}, batch {batch}, {clients} clients: exit code {done.returncode}: {' '.join(said[:5])}"
-                )
+                said = " ".join(f"{done.stderr}\n{done.stdout}".split())[:SAID]
+                raise NoisecError(f"perf_analyzer, {model}, batch {batch}, {clients} clients: exit code {done.returncode}: {said}")
             return read_report(report, batch, 0 if rate else clients)
+
+    def _run(self, asked: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
+        window = f"--measurement-interval={max(1, round(1000 * seconds / WINDOWS))}"
+        stable = [window, f"--max-trials={WINDOWS}", f"--stability-percentage={UNSTABLE}", "--percentile=50"]
+        return subprocess.run([self.program, *asked, *stable], env=self.environment, capture_output=True, text=True)
 
 
 def read_report(path: Path, batch: int, clients: int) -> Perf:
@@ -135,39 +143,44 @@ def find_perf_analyzer(cache: Path = CACHE) -> PerfAnalyzer:
         NoisecError: it cannot be had, and how to help.
     """
     found = shutil.which("perf_analyzer")
-    analyzer = PerfAnalyzer(Path(found)) if found else PerfAnalyzer(cache / "perf_analyzer", cache / "lib")
-    if not analyzer.program.is_file():
-        _fetch(cache)
+    analyzer = PerfAnalyzer(Path(found)) if found else _cached(cache)
     analyzer.version()
     return analyzer
 
 
-def _fetch(cache: Path) -> None:
-    cache.mkdir(parents=True, exist_ok=True)
-    _link_libraries(cache / "lib", LIBRARIES)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
+def _cached(cache: Path) -> PerfAnalyzer:
+    program, libraries = cache / "perf_analyzer", cache / "lib"
+    libraries.mkdir(parents=True, exist_ok=True)
+    for name, pattern in LIBRARIES.items():
+        _link_library(libraries / name, pattern)
+    if not program.is_file():
+        _fetch(program)
+    return PerfAnalyzer(program, libraries)
+
+
+def _fetch(program: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=program.parent) as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", f"--platform={PLATFORM}"]
         done = subprocess.run([*command, "--dest", folder, WHEEL], capture_output=True, text=True)
-        wheels = list(Path(folder).glob("*.whl"))
-        if done.returncode or not wheels:
+        wheel = next(Path(folder).glob("*.whl"), None)
+        if done.returncode or wheel is None:
             raise NoisecError(
-                f"perf_analyzer is not on PATH, and {WHEEL}, which carries it, cannot be fetched: {done.stderr.strip()[-500:]}"
+                f"perf_analyzer is not on PATH, and {WHEEL}, which carries it, cannot be fetched: {done.stderr.strip()[-SAID:]}"
             )
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            member = next(name for name in wheel.namelist() if name.endswith("/bin/perf_analyzer"))
+        with zipfile.ZipFile(wheel) as archive:
+            member = next(name for name in archive.namelist() if name.endswith("/bin/perf_analyzer"))
             unfinished = Path(folder, "perf_analyzer")
-            unfinished.write_bytes(wheel.read(member))
+            unfinished.write_bytes(archive.read(member))
         unfinished.chmod(0o755)
-        unfinished.replace(cache / "perf_analyzer")
+        unfinished.replace(program)
 
 
-def _link_libraries(folder: Path, wanted: Mapping[str, str]) -> None:
-    folder.mkdir(exist_ok=True)
-    source = Path(sysconfig.get_path("platlib")) / "nvidia_pytriton.libs"
-    for name, pattern in wanted.items():
-        found = next(source.glob(pattern), None)
-        if found is None:
-            raise NoisecError(f"perf_analyzer is not on PATH, and {name}, which it needs, is not there: pip install 'noisec-triton[serve]'")
-        link = folder / name
+def _link_library(link: Path, pattern: str) -> None:
+    found = next((Path(sysconfig.get_path("platlib")) / "nvidia_pytriton.libs").glob(pattern), None)
+    if found is None:
+        raise NoisecError(
+            f"perf_analyzer is not on PATH, and {link.name}, which it needs, is not there: pip install 'noisec-triton[serve]'"
+        )
+    if not (link.is_symlink() and link.readlink() == found):
         link.unlink(missing_ok=True)
         link.symlink_to(found)

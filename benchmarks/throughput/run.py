@@ -94,10 +94,14 @@ class Benchmark:
         url: gRPC address of the server
         data: the images as perf_analyzer reads them
         images: float32 [n, C, H, W]
+        here: whether the server is this process's own, so that its processes can be watched
     """
 
-    def __init__(self, target: Target, url: str, plan: Plan, perf: PerfAnalyzer, data: Path, images: Floats, load: Generator) -> None:
+    def __init__(
+        self, target: Target, url: str, plan: Plan, perf: PerfAnalyzer, data: Path, images: Floats, load: Generator, here: bool
+    ) -> None:
         self.target, self.url, self.plan, self.perf, self.data, self.images, self.load = target, url, plan, perf, data, images, load
+        self.processes = statistics.server_processes() if here else []
         self.result = Result()
         self.rows = self.result.rows
 
@@ -135,7 +139,7 @@ class Benchmark:
                     self._perf("side by side", self.best.batch, self.best.clients)
                 with self._observed(f"single images from {MANY} clients"):
                     self._perf("side by side", 1, MANY)
-        if statistics.server_processes():
+        if self.processes:
             self._perf("shared memory", self.best.batch, self.best.clients, shared_memory=True)
 
     def labels(self) -> None:
@@ -175,7 +179,7 @@ class Benchmark:
         for turn in range(round(self.plan.soak / SOAK_CHUNK)):
             found = self.load.open([self._both(1)], rate, SOAK_CHUNK, turn)
             self.rows.append(of_load("soak", GUARD, found, 1, rate=rate))
-            self.result.memory.append(statistics.usage(statistics.server_processes()).memory_mb)
+            self.result.memory.append(statistics.usage(self.processes).memory_mb)
 
     def against(self, names: Sequence[str], work: Path) -> None:
         """Peers, each in turns with this server, under the same load from the same generator."""
@@ -211,7 +215,7 @@ class Benchmark:
 
     @contextmanager
     def _observed(self, during: str) -> Iterator[None]:
-        models, own = manifest.models(self.target.guard), statistics.server_processes()
+        models, own = manifest.models(self.target.guard), self.processes
         before, used, start = statistics.read(self.url, models), statistics.usage(own), time.monotonic()
         yield
         after, now = statistics.read(self.url, models), statistics.usage(own)
@@ -244,7 +248,7 @@ def run_benchmark(repository: Path, guard: str, plan: Plan, work: Path, out: Pat
         generator(images) as load,
     ):
         data = write_images(Path(folder, "images.json"), images)
-        benchmark = Benchmark(target, address, plan, perf, data, images, load)
+        benchmark = Benchmark(target, address, plan, perf, data, images, load, here=url is None)
         result = benchmark.run()
         benchmark.against(plan.peers, work / "peers")
     summary = summary_of(result.rows, MANY)

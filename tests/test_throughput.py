@@ -1,0 +1,203 @@
+"""The throughput benchmark counts what happened: requests, failures, waiting, and the same work with and without a server."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import json
+from contextlib import asynccontextmanager
+from functools import partial
+
+import numpy as np
+import pytest
+from conftest import GUARD, REPOSITORY
+
+from noisec import contract, manifest
+from noisec.benchmarks.throughput import statistics
+from noisec.benchmarks.throughput.limit import Computation, processes, settings
+from noisec.benchmarks.throughput.load import Traffic, arrivals, closed_loop, generator, open_loop, triton
+from noisec.benchmarks.throughput.perf import find_perf_analyzer, write_images
+from noisec.benchmarks.throughput.run import Plan, run_benchmark
+from noisec.benchmarks.throughput.summary import PeerFigures, Summary
+from noisec.benchmarks.throughput.target import Target
+from noisec.clients import GuardClient
+from noisec.contract import stage_model
+from noisec.errors import NoisecError
+
+SHORT = 0.3
+TINY = Plan(seconds=SHORT, rounds=1, batches=(8,), clients=(2,), singles=(1,), limits=(8,), loads=(0.5,))
+
+
+@pytest.fixture(scope="module")
+def target():
+    return Target.open(REPOSITORY, GUARD)
+
+
+@pytest.fixture(scope="module")
+def perf(tmp_path_factory):
+    try:
+        return find_perf_analyzer(tmp_path_factory.mktemp("cache"))
+    except NoisecError as error:
+        pytest.skip(str(error))
+
+
+def asking(server, outputs=contract.OUTPUTS, model=GUARD):
+    return partial(triton, server.grpc_url, model, outputs)
+
+
+def counted(server, run):
+    """What a load found, and what each model's statistics say of it."""
+    before = statistics.read(server.grpc_url, manifest.models(GUARD))
+    found = run()
+    return found, {stage.model: stage for stage in statistics.between(before, statistics.read(server.grpc_url, manifest.models(GUARD)))}
+
+
+def test_a_closed_loop_counts_what_the_server_answered(server, pixels):
+    traffic = [Traffic(asking(server), batch=3)]
+    load, stages = counted(server, lambda: asyncio.run(closed_loop(traffic, pixels, clients=2, seconds=SHORT, warm_up=0)))
+    assert load.failed == 0
+    assert load.images == 3 * load.requests > 0
+    assert load.per_second == pytest.approx(load.images / SHORT)
+    assert 0 <= stages[GUARD].requests - load.requests <= 2  # those under way when the window closed
+    assert 0 < load.p50_ms <= load.p95_ms <= load.p99_ms
+
+
+def test_requests_that_fail_are_no_throughput(server, pixels):
+    broken = Traffic(asking(server, model="nobody"))
+    load = asyncio.run(closed_loop([broken], pixels, clients=2, seconds=SHORT))
+    assert (load.requests, load.images, load.per_second) == (0, 0, 0)
+    assert load.failed > 0
+    half = asyncio.run(open_loop([broken, Traffic(asking(server), batch=2)], pixels, rate=100, seconds=SHORT))
+    assert half.failed > 0
+    assert half.requests > 0
+    assert half.failed + half.requests == len(arrivals(100, SHORT, seed=0))
+    assert half.images == 2 * half.requests
+
+
+def test_a_load_that_nobody_answers_is_an_error(server, pixels):
+    with generator(pixels) as load, pytest.raises(NoisecError, match="not one request was answered"):
+        load.closed([Traffic(asking(server, model="nobody"))], clients=1, seconds=SHORT)
+
+
+def test_latency_in_an_open_loop_includes_the_wait_for_a_server_that_is_behind(pixels):
+    turn = asyncio.Lock()
+
+    @asynccontextmanager
+    async def one_at_a_time():
+        async def send(images):
+            async with turn:
+                await asyncio.sleep(0.02)
+
+        yield send
+
+    load = asyncio.run(open_loop([Traffic(one_at_a_time)], pixels, rate=100, seconds=0.5))
+    expected = 20 * load.requests - 500  # all the work, less the time in which it arrived
+    assert load.failed == 0
+    assert load.p99_ms > 0.8 * expected > 100
+    assert load.seconds >= 0.02 * load.requests
+
+
+def test_arrivals_are_a_poisson_process():
+    times = arrivals(1000, 20, seed=1)
+    gaps = np.diff(times)
+    assert len(times) == pytest.approx(20_000, rel=0.03)
+    assert (gaps >= 0).all()
+    assert times[-1] < 20
+    assert gaps.std() == pytest.approx(gaps.mean(), rel=0.05)
+
+
+def test_the_limit_computes_what_the_server_answers(target, client, pixels):
+    served = client.classify(pixels)
+    computation = Computation(target, threads=1)
+    labels, is_malicious = computation.guard(pixels)
+    assert np.array_equal(labels, served.labels)
+    assert np.array_equal(is_malicious, served.is_malicious)
+    assert np.array_equal(computation.classifier(pixels), served.labels)
+
+
+def test_processes_compute_side_by_side(target, pixels):
+    assert settings(4) == [(1, 4), (2, 2), (4, 1)]
+    with processes(target, pixels, count=2, threads=1) as running:
+        speed = running.measure("guard", batch=10, seconds=SHORT)
+        classifier = running.measure("classifier", batch=10, seconds=SHORT)
+    assert (speed.what, speed.processes, speed.batch) == ("guard", 2, 10)
+    assert speed.per_second == pytest.approx(2 * 10 / (speed.p50_ms / 1000), rel=0.6)
+    assert classifier.per_second > speed.per_second
+
+
+def test_statistics_tell_every_request_and_the_batches_that_were_made(server, target, pixels):
+    def ask():
+        with GuardClient(server.grpc_url, GUARD) as client:
+            for start in range(0, 21, 3):
+                client.classify(pixels[start : start + 3])
+            for image in pixels[:5]:
+                client.classify(image, labels_only=True)
+
+    _, stages = counted(server, ask)
+    assert {model: stage.requests for model, stage in stages.items()} == {
+        GUARD: 12,
+        stage_model(GUARD, "autoencoder"): 7,
+        stage_model(GUARD, "classifier"): 7 * len(target.passes) + 5,
+        stage_model(GUARD, "scorer"): 7,
+    }
+    for stage in stages.values():
+        assert stage.failed == 0
+        if stage.model != GUARD:
+            assert sum(size * count for size, count in stage.batches.items()) == stage.images
+            assert sum(stage.batches.values()) == stage.executions
+            assert stage.infer_ms > 0
+    assert stages[stage_model(GUARD, "autoencoder")].batches == {3: 7}
+
+
+def test_the_servers_processes_are_seen(server):
+    own = statistics.server_processes()
+    before = statistics.usage(own)
+    with GuardClient(server.grpc_url, GUARD) as client:
+        client.classify(np.full((200, 1, 28, 28), 0.5, np.float32))
+    after = statistics.usage(own)
+    assert len(own) >= 4
+    assert after.cpu_seconds > before.cpu_seconds
+    assert 20 < after.memory_mb < 10_000
+
+
+def test_perf_analyzer_measures_a_served_guard_with_real_images(server, perf, pixels, tmp_path):
+    data = write_images(tmp_path / "images.json", pixels)
+    found, stages = counted(server, lambda: perf.measure(server.grpc_url, GUARD, data, batch=4, clients=2, seconds=SHORT))
+    assert (found.batch, found.clients) == (4, 2)
+    assert found.per_second > 0
+    assert 0 < found.p50_ms <= found.p90_ms <= found.p95_ms <= found.p99_ms
+    assert stages[GUARD].images == 4 * stages[GUARD].requests > 0
+    with pytest.raises(NoisecError, match="unknown model"):
+        perf.measure(server.grpc_url, "nobody", data, batch=1, clients=1, seconds=SHORT)
+
+
+def test_a_run_writes_every_figure_and_keeps_those_of_other_guards(server, perf, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "summary.json").write_text(json.dumps({"another": dict.fromkeys(Summary.__annotations__, 1.0)}))
+    summary = run_benchmark(REPOSITORY, GUARD, TINY, tmp_path, out, server.grpc_url, "noisec bench throughput")
+    written = json.loads((out / "summary.json").read_text())
+    assert set(written) == {"another", GUARD}
+    assert written[GUARD] == summary
+    assert set(summary) == {
+        "limit_per_second",
+        "served_per_second",
+        "served_over_limit",
+        "single_image_per_second",
+        "single_image_over_limit",
+        "label_only_over_bare",
+        "added_latency_ms",
+        "p50_ms",
+        "p99_ms",
+        "peers",
+    }
+    assert set(PeerFigures.__annotations__) == {"per_second_1x1", "per_second_single_image", "per_second_saturated"}
+    assert summary["served_over_limit"] == pytest.approx(summary["served_per_second"] / summary["limit_per_second"])
+    page = (out / GUARD / "README.md").read_text()
+    assert "noisec bench throughput" in page
+    assert page.count("met") >= 5
+    with (out / GUARD / "measurements.csv").open() as file:
+        parts = {row["part"] for row in csv.DictReader(file)}
+    assert parts == {"limit", "batches and clients", "single images", "side by side", "labels", "one client", "arrivals", "mixed"}
+    for name in ("throughput.png", "latency.png", "stages.csv"):
+        assert (out / GUARD / name).stat().st_size > 100
