@@ -17,7 +17,7 @@ from torch import nn
 
 from noisec.benchmarks.audit.families import FAMILIES
 from noisec.benchmarks.audit.report import Found, Repaired, write_results
-from noisec.benchmarks.audit.zoo import ATTACKS, CALIBRATION_SEED, CLEAN, HARD, TUNING_SEED, Data, Model, Recipe, Zoo, load_data
+from noisec.benchmarks.audit.zoo import ATTACKS, CALIBRATION_SEED, CLEAN, FIRST_SEED, HARD, TUNING_SEED, Data, Model, Recipe, Zoo, load_data
 from noisec.builders.audit.ban import AuditSettings, audit, calibrate
 from noisec.builders.audit.baselines import CleanseSettings, DecouplingSettings, bti_dbf, neural_cleanse
 from noisec.builders.audit.evidence import Evidence
@@ -34,7 +34,7 @@ FALSE_ALARM = 0.05
 """nominal, of every calibrated method"""
 REPAIR_SHARE = 0.05
 """of the training images: what the paper repairs with"""
-RATES = (0.01, 0.02, 0.05)
+RATES = (0.05, 0.1)
 """learning rates of the repair from which one is chosen for each family"""
 MOST_LOST = 0.02
 """clean accuracy that the chosen rate may cost"""
@@ -46,10 +46,10 @@ class Methods:
     """What the methods are run with."""
 
     ban: AuditSettings = field(default_factory=AuditSettings)
-    published: AuditSettings = field(default_factory=lambda: AuditSettings(features="complement", repeats=1))
+    published: AuditSettings = field(default_factory=lambda: AuditSettings(eps=0.3, steps=30, features="complement", repeats=1))
     decoupling: DecouplingSettings = field(default_factory=DecouplingSettings)
     cleanse: CleanseSettings = field(default_factory=CleanseSettings)
-    repair: RepairSettings = field(default_factory=RepairSettings)
+    repair: RepairSettings = field(default_factory=lambda: RepairSettings(epochs=10))
 
 
 @dataclass(frozen=True)
@@ -59,22 +59,22 @@ class Plan:
     families: tuple[str, ...] = tuple(FAMILIES)
     attacks: tuple[str, ...] = ATTACKS
     hard: tuple[str, ...] = HARD
-    clean: int = 5
+    clean: int = 3
     """seeds of clean classifiers in each family"""
     backdoored: int = 2
     """seeds of each backdoor in each family"""
-    calibration: int = 6
+    calibration: int = 5
     """further clean seeds in each family, on which alone the thresholds are fitted"""
-    epochs: int = 4
+    epochs: int = 1
     cleansed: tuple[str, ...] = (CLEAN, "badnets")
     """attacks whose first seed Neural Cleanse judges too; it is slow"""
     methods: Methods = field(default_factory=Methods)
 
     def recipes(self, family: str) -> list[Recipe]:
         """The classifiers that are reported."""
-        clean = [Recipe(family, CLEAN, seed) for seed in range(self.clean)]
-        bad = [Recipe(family, attack, seed) for attack in self.attacks for seed in range(self.backdoored)]
-        return [*clean, *(Recipe(family, case, 0) for case in self.hard), *bad]
+        clean = [Recipe(family, CLEAN, FIRST_SEED + number) for number in range(self.clean)]
+        bad = [Recipe(family, attack, FIRST_SEED + number) for attack in self.attacks for number in range(self.backdoored)]
+        return [*clean, *(Recipe(family, case, FIRST_SEED) for case in self.hard), *bad]
 
     def calibrating(self, family: str) -> list[Recipe]:
         """The clean classifiers that are not."""
@@ -117,7 +117,7 @@ class Benchmark:
             rate=rate,
             tried=tried,
             repaired=tuple(self.repaired(model, rate) for model in bad),
-            repaired_as_published=tuple(self.repaired(model, self.plan.methods.repair.learning_rate) for model in bad),
+            repaired_as_published=tuple(self.repaired(model, self.plan.methods.repair.learning_rate) for model in bad[:1]),
         )
 
     def _next(self, recipe: Recipe) -> Model:
@@ -130,7 +130,7 @@ class Benchmark:
         methods = self.plan.methods
         recipe = model.recipe
         settings = {"ban": asdict(methods.ban), "ban-published": asdict(methods.published), "bti-dbf": asdict(methods.decoupling)}
-        with_cleanse = recipe.attack in self.plan.cleansed and recipe.seed == 0 and recipe.role == "reported"
+        with_cleanse = recipe.attack in self.plan.cleansed and recipe.seed == FIRST_SEED and recipe.role == "reported"
         if with_cleanse:
             settings["neural-cleanse"] = asdict(methods.cleanse)
         inputs = {"model": self.zoo.key(recipe), "settings": settings, "audit images": len(self.data.audit), **self.machine}
@@ -254,7 +254,7 @@ def _facts(benchmark: Benchmark, found: Sequence[Found], command: str, seconds: 
     return {
         "command": command,
         "data": f"{data.name}: {len(data.train):,} to train on, {len(data.audit):,} for audits, {len(data.test):,} to measure with",
-        "seeds": f"clean 0 to {plan.clean - 1}, each backdoor 0 to {plan.backdoored - 1}, calibration from {CALIBRATION_SEED}, "
+        "seeds": f"clean from {FIRST_SEED}, each backdoor from {FIRST_SEED}, calibration from {CALIBRATION_SEED}, "
         f"repair's learning rate {TUNING_SEED}",
         "training": f"{plan.epochs} epochs; {zoo.trained} classifiers trained in this run, the others taken from earlier ones",
         "machine": f"{platform.machine()}, {device}, {torch.get_num_threads()} threads, {platform.system()}",

@@ -79,6 +79,8 @@ class Benchmark:
         self.bench = Workbench(work / "detection")
         self.work = work
         self.key = {"guard": subject.digests, "seed": seed}
+        self.classifier_key = {"classifier": {name: subject.digests[name] for name in ("classifier", "data", "files")}, "seed": seed}
+        """what attacks on the classifier alone depend on: they outlive another denoiser"""
         self.cells: list[Cell] = []
         self.scores: dict[tuple[str, str], dict[str, Floats]] = {}
         self.known: dict[tuple[str, int], tuple[Sent, Floats]] = {}
@@ -112,7 +114,7 @@ class Benchmark:
 
     def attacked(self, spec: AttackSpec, images: Images, what: str) -> AttackedImages:
         """Images under one attack on the guard's classifier, made now or in an earlier run."""
-        inputs = {**self.key, "attack": spec.name, "on": what, "images": len(images), "queries": self.plan.sizes.square}
+        inputs = {**self.classifier_key, "attack": spec.name, "on": what, "images": len(images), "queries": self.plan.sizes.square}
 
         def make(folder: Path) -> None:
             attack(self.subject.protected, images, spec, self.seed, self.plan.sizes.square).save(folder / "attacked.npz")
@@ -159,7 +161,7 @@ class Benchmark:
 
     def replayed(self, spec: AttackSpec, detectors: Mapping[str, Calibrated]) -> None:
         """An attack on a smaller classifier that the attacker trained, replayed (NoiSec's black-box setting)."""
-        inputs = {**self.key, "attack": spec.name, "on": "surrogate", "images": len(self.targets)}
+        inputs = {**self.classifier_key, "attack": spec.name, "on": "surrogate", "images": len(self.targets)}
 
         def make(folder: Path) -> None:
             own = surrogate(self.subject, self.bench, self.seed)
