@@ -1,0 +1,125 @@
+"""A guard's computation as any Python server would hold it: both ONNX graphs, and the scorer's own code and arrays.
+
+Self-contained, because it runs where ``noisec`` is not installed: it needs NumPy and ONNX Runtime, and reads a model repository. Start the
+process with ``PYTHONDONTWRITEBYTECODE=1``: compiled code beside the scorer's would be no part of its release.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from base64 import b64decode, b64encode
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+Array = npt.NDArray[Any]
+ANSWERS = ("label", "score", "p_value", "is_malicious")
+"""int64, float32, float32 and bool, [n] each"""
+VARIABLE = "NOISEC_PEER"
+"""environment variable with a ``Task`` in JSON"""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a server is started with."""
+
+    repository: str
+    guard: str
+    ports: list[int]
+    """free ones, as many as the server wants; the first answers requests"""
+    workers: int
+    threads: int
+    """compute threads of each worker"""
+    batch: int
+    """requests or images that are computed together; 1 joins none"""
+    delay_ms: float
+    """how long a request waits for others"""
+
+    @classmethod
+    def read(cls) -> Task:
+        return cls(**json.loads(os.environ[VARIABLE]))
+
+    def load(self) -> Guard:
+        return Guard(Path(self.repository), self.guard, self.threads)
+
+
+class Guard:
+    """The newest release of a guard, in this process.
+
+    Args:
+        repository: model repository with ONNX stages
+        name: the guard's
+        threads: compute threads of ONNX Runtime
+    """
+
+    def __init__(self, repository: Path, name: str, threads: int = 1) -> None:
+        release = max((path.name for path in (repository / name).iterdir() if path.name.isdigit()), key=int)
+        folders = {stage: repository / f"{name}_{stage}" / release for stage in ("autoencoder", "classifier", "scorer")}
+        self._autoencoder = open_session(folders["autoencoder"] / "model.onnx", threads)
+        self._classifier = open_session(folders["classifier"] / "model.onnx", threads)
+        self._scorer = load_scorer(folders["scorer"])
+        outputs = [output.name for output in self._autoencoder.get_outputs()]
+        sources = {
+            "NOISE_PENULTIMATE": "NOISE_INPUT" if "NOISE_INPUT" in outputs else "NOISE",
+            "RECONSTRUCTION_PENULTIMATE": "RECONSTRUCTION",
+        }
+        self._passes = {name: source for name, source in sources.items() if name in self._scorer.inputs}
+        self._wanted = [*self._passes.values(), *(name for name in self._scorer.inputs if name in outputs)]
+        self.shape: tuple[int, int, int] = tuple(self._autoencoder.get_inputs()[0].shape[1:])
+
+    def __call__(self, images: npt.NDArray[np.float32]) -> dict[str, Array]:
+        """``ANSWERS``, [n] each, from float32 [n, C, H, W]: one call of the autoencoder, one of the classifier for all its passes."""
+        tensors = dict(zip(self._wanted, self._autoencoder.run(self._wanted, {"IMAGE": images}), strict=True))
+        joined = np.concatenate([images, *(tensors[source] for source in self._passes.values())])
+        logits, activations = self._classifier.run(["LOGITS", "PENULTIMATE"], {"IMAGE": joined})
+        parts = np.split(activations, 1 + len(self._passes))
+        verdict = self._scorer.verdict(tensors | dict(zip(["IMAGE_PENULTIMATE", *self._passes], parts, strict=True)))
+        labels = logits[: len(images)].argmax(axis=1)
+        return dict(zip(ANSWERS, (labels, verdict.score, verdict.p_value, verdict.is_malicious), strict=True))
+
+    def together(self, requests: Sequence[npt.NDArray[np.float32]]) -> list[dict[str, Array]]:
+        """One answer for each request, computed as one batch."""
+        answers = self(np.concatenate(requests) if len(requests) > 1 else requests[0])
+        edges = np.cumsum([0, *map(len, requests)])
+        return [{name: rows[start:stop] for name, rows in answers.items()} for start, stop in pairwise(edges)]
+
+    def decode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """float32 [n, C, H, W] from each image's bytes in base64"""
+        return np.frombuffer(b"".join(map(b64decode, texts)), np.float32).reshape(-1, *self.shape)
+
+
+def encode(images: npt.NDArray[np.float32]) -> list[str]:
+    """Each image's bytes in base64, from float32 [n, C, H, W]"""
+    return [b64encode(image).decode() for image in np.ascontiguousarray(images)]
+
+
+def columns(answers: dict[str, Array]) -> npt.NDArray[np.float64]:
+    """float64 [n, 4] in the order of ``ANSWERS``, for replies in JSON"""
+    return np.column_stack([answers[name] for name in ANSWERS]).astype(np.float64)
+
+
+def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    """On the CPU."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(path.as_posix(), options, providers=["CPUExecutionProvider"])
+
+
+def load_scorer(folder: Path) -> Any:
+    """The ``Scorer`` of a release, made by the code that lies beside its arrays."""
+    package = ModuleType("guard_scorer")
+    package.__path__ = [str(folder)]
+    sys.modules["guard_scorer"] = package
+    return importlib.import_module("guard_scorer.scoring").Scorer.load(folder / "scorer.npz")
