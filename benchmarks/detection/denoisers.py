@@ -84,8 +84,8 @@ def measure(name: str, spec: GuardSpec, plan: Plan, work: Path, seed: int) -> li
         sent = benchmark.send(made.pixels[won], attack)
         for detector in COMPARED:
             chosen = detectors[detector]
-            clean, hit = chosen.score(benchmark.clean), chosen.score(sent)
-            figures = detection(clean, hit)
+            clean, noisy, hit = (chosen.score(one) for one in (benchmark.clean, benchmark.noisy, sent))
+            figures = detection(np.concatenate([clean, noisy]), hit)
             rows.append(
                 Row(
                     **told,
@@ -94,8 +94,8 @@ def measure(name: str, spec: GuardSpec, plan: Plan, work: Path, seed: int) -> li
                     auroc=figures["auroc"],
                     tpr_at_1pct=figures["tpr_at_1pct"],
                     fpr=flagged(chosen, clean),
-                    fpr_natural_noise=flagged(chosen, chosen.score(benchmark.noisy)),
-                    n_benign=len(clean),
+                    fpr_natural_noise=flagged(chosen, noisy),
+                    n_benign=len(clean) + len(noisy),
                     n_malicious=len(hit),
                 )
             )
@@ -124,8 +124,8 @@ def as_markdown(rows: Sequence[Row], guard: str, command: str) -> str:
         f"# Denoisers of the guard `{guard}`",
         f"`{command}`",
         "The same classifier, detectors and attacked images behind every denoiser; only attacks that succeeded count; honest protocol. "
-        "Residual: root mean square of what the denoiser takes from a clean image, in [0, 1]. FPR at a nominal 1 %: clean images / images "
-        "with natural noise.",
+        "Residual: root mean square of what the denoiser takes from a clean image, in [0, 1]. FPR at a nominal 1 %: clean images / "
+        "the same with natural noise.",
     ]
     for detector in dict.fromkeys(row.detector for row in rows):
         heads = ["denoiser", "training noise", "guidance", "residual", "FPR", *(f"{attack}: AUROC / TPR" for attack in attacks)]

@@ -26,6 +26,8 @@ TARGET, SHARE, CLEAN_LABEL_SHARE = 0, 0.1, 0.05
 TRAINED_ON = 10000
 """training images that the supplier goes on training with"""
 SCHEDULE = Schedule(3, 128, 1e-3)
+GUIDED_EPOCHS = 2
+"""of a denoiser that the backdoored classifier guides, which therefore has to be trained anew"""
 
 
 def poisoned_guard(subject: Subject, name: str, work: Path, seed: int) -> tuple[Subject, Callable[[Pixels], Pixels], int]:
@@ -56,13 +58,16 @@ def poisoned_guard(subject: Subject, name: str, work: Path, seed: int) -> tuple[
         optimise(shown, poison(images, trigger, TARGET, share, seed), loss, SCHEDULE, folder, f"training {name}")
         torch.save(module.state_dict(), folder / WEIGHTS)
 
-    inputs = {"guard": subject.digests, "trigger": name, "share": share, "images": len(images), "schedule": vars(SCHEDULE), "seed": seed}
+    digests = {kind: subject.digests[kind] for kind in ("classifier", "data", "files")}
+    inputs = {"classifier": digests, "trigger": name, "share": share, "images": len(images), "schedule": vars(SCHEDULE), "seed": seed}
     weights = bench.step(f"poisoned-{name}", inputs, make) / WEIGHTS
     update: dict[str, Any] = {"weights": weights, "epochs": None}
     classifier = subject.spec.classifier.model_copy(update=update)
-    spec = subject.spec.model_copy(
-        update={"name": f"{subject.name}_{name.replace('-', '_')}", "release": 1, "classifier": classifier, "compare": ()}
-    )
+    denoiser = subject.spec.autoencoder
+    if denoiser.guidance:
+        denoiser = denoiser.model_copy(update={"epochs": min(denoiser.epochs, GUIDED_EPOCHS)})
+    changed = {"name": f"{subject.name}_{name.replace('-', '_')}", "release": 1, "compare": ()}
+    spec = subject.spec.model_copy(update={**changed, "classifier": classifier, "autoencoder": denoiser})
     repository = work / "detection" / "poisoned"
     build(spec, repository, work, report=False, force=True)
     return Subject.open(repository, spec.name, work), lambda pixels: trigger.apply(pixels, seed), TARGET

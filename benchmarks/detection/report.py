@@ -13,7 +13,7 @@ from noisec.benchmarks.detection.rows import data_name, guards_of, over_seeds, r
 from noisec.benchmarks.detection.tables import false_positives, guard_table, sections
 from noisec.errors import NoisecError
 
-PROTOCOLS = """Two protocols, never mixed. *Honest*: benign is clean images (natural noise beside them), none of which the guard was
+PROTOCOLS = """Two protocols, never mixed. *Honest*: benign is clean images and the same with natural noise, none of which the guard was
 fitted or calibrated on; rows marked "(successful)" count only attacks that got the label they wanted. *Published*: benign is the clean
 image plus the attack's own noise with its pixels shuffled, and attacks that failed count as positives, as in the paper. The paper's
 figures are from arXiv 2406.13073. FPR is realised on clean images at a nominal 1 %. ± is the standard deviation over seeds."""

@@ -38,7 +38,7 @@ class Sizes:
     """How much of everything."""
 
     images: int = 1000
-    """benign images, and others to attack"""
+    """benign images, which count once as they are and once with natural noise, and others to attack"""
     slow: int = 100
     """images for slow attacks"""
     laddered: int = 200
@@ -94,6 +94,7 @@ class Benchmark:
         self.calibration = self._natural(subject.splits.calibrate, spec.seed + 1, "calibration images")
         self.clean = self.send(self.benign.floats(), "clean images")
         self.noisy = self._natural(self.benign, NOISY_SEED, "images with natural noise", always=True)
+        self.harmless = joined_sent(self.clean, self.noisy)
 
     def send(self, pixels: Floats, title: str) -> Sent:
         """Ask the stages about images float32 [n, C, H, W]."""
@@ -245,7 +246,7 @@ class Benchmark:
         benign: Sent | None = None,
         note: str = "",
     ) -> None:
-        clean, scores = self._score(name, detector, benign or self.clean), self._score(name, detector, sent)
+        harmless, scores = self._score(name, detector, benign or self.harmless), self._score(name, detector, sent)
         flagged = ~(scores <= detector.threshold)
         self.cells.append(
             Cell(
@@ -257,10 +258,10 @@ class Benchmark:
                 attack=attack,
                 eps=eps,
                 success=share(won) if len(won) else 0.0,
-                **detection(clean, scores),
+                **detection(harmless, scores),
                 fpr=share(~(self._score(name, detector, self.clean) <= detector.threshold)),
                 fpr_natural_noise=share(~(self._score(name, detector, self.noisy) <= detector.threshold)),
-                n_benign=len(clean),
+                n_benign=len(harmless),
                 n_malicious=len(scores),
                 seed=self.seed,
                 joint_success=share(won & ~flagged) if len(won) else 0.0,
@@ -274,6 +275,12 @@ class Benchmark:
         if key not in self.known:
             self.known[key] = (sent, detector.score(sent))
         return self.known[key][1]
+
+
+def joined_sent(first: Sent, second: Sent) -> Sent:
+    """Both sets, one behind the other."""
+    tensors = {name: np.concatenate([rows, second.tensors[name]]) for name, rows in first.tensors.items()}
+    return Sent(np.concatenate([first.pixels, second.pixels]), tensors)
 
 
 def right_ones(subject: Subject, images: Images) -> Images:
