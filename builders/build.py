@@ -20,10 +20,10 @@ from noisec.builders.networks import DENOISERS
 from noisec.builders.progress import console
 from noisec.builders.protect import Protected, protect, training_inputs
 from noisec.builders.repository import Widths, write_repository
-from noisec.builders.spec import GuardSpec
+from noisec.builders.spec import GuardSpec, Stage
 from noisec.builders.torchgraph import TorchGraph
 from noisec.builders.train import load_network, train_autoencoder
-from noisec.builders.variants import Stage, attack_report, make_variants
+from noisec.builders.variants import attack_report, make_variants
 from noisec.builders.workbench import Workbench
 from noisec.python_backend.runtimes.tensorrt.names import plan_name
 

@@ -16,7 +16,7 @@ from noisec.builders.engine import gpus
 from noisec.builders.figures import PrecisionTable
 from noisec.builders.images import Splits
 from noisec.builders.progress import console
-from noisec.builders.repository import passes_needed, read_plans, read_widths, write_repository
+from noisec.builders.repository import read_plans, read_widths, write_repository
 from noisec.builders.spec import GuardSpec
 from noisec.builders.stages import Infer, StageRunner, in_process, served
 from noisec.builders.variants import measured, megabytes, name_of, open_stages, summary
@@ -62,7 +62,7 @@ def recalibrate_with(infer: Infer, repository: Path, guard: str, work: Path, ask
     new = spec.model_copy(update={"release": old["release"] + 1})
     splits = datasets.load_splits(spec.data, spec.seed, cache=work / "images")
     stages = stage_folders(repository, guard, old["release"])
-    run = StageRunner(infer, passes_needed(spec), spec.noise_source)
+    run = StageRunner.of(spec, infer)
     former = Scorer.load(repository / stage_model(guard, "scorer") / str(old["release"]) / "scorer.npz")
     scorer = fit_scorer(new, run, splits, former.head)
     attacked = work / str(old["attacked"])

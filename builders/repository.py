@@ -39,6 +39,11 @@ def passes_needed(spec: GuardSpec) -> tuple[contract.Pass, ...]:
     return tuple(name for name in contract.PASSES if name in needed)
 
 
+def fused_passes(spec: GuardSpec) -> tuple[contract.Pass, ...]:
+    """The classifier passes that the autoencoder stage makes itself."""
+    return tuple(one for one in passes_needed(spec) if one != "image") if spec.serving.layout == "fused" else ()
+
+
 def scorer_inputs(spec: GuardSpec) -> tuple[str, ...]:
     """Tensors that the scorer reads besides NOISE_LEVEL and IN_RANGE."""
     views = {name for detector in spec.detectors for name in contract.VIEWS[detector.view]} | ({"image"} if spec.needs_head else set())
@@ -47,6 +52,10 @@ def scorer_inputs(spec: GuardSpec) -> tuple[str, ...]:
 
 def _tensor(name: str, dims: tuple[int, ...], kind: str = "TYPE_FP32") -> dict[str, object]:
     return {"name": name, "data_type": getattr(triton, kind), "dims": dims}
+
+
+def _image(spec: GuardSpec, widths: Widths) -> dict[str, object]:
+    return _tensor(contract.IMAGE, widths.shape, {"float32": "TYPE_FP32", "uint8": "TYPE_UINT8"}[spec.serving.input])
 
 
 def network_config(spec: GuardSpec, stage: str, widths: Widths, plans: Mapping[str, str] = NO_PLANS) -> triton.ModelConfig:
@@ -62,6 +71,7 @@ def network_config(spec: GuardSpec, stage: str, widths: Widths, plans: Mapping[s
             _tensor(contract.NOISE_LEVEL, (1,)),
             _tensor(contract.IN_RANGE, (1,)),
             *(_tensor(name, widths.shape) for name in spec.autoencoder_outputs if name == contract.NOISE_INPUT),
+            *(_tensor(contract.PASSES[one], (widths.features,)) for one in fused_passes(spec)),
         ],
         "classifier": [_tensor(contract.LOGITS, (widths.classes,)), _tensor(contract.PENULTIMATE, (widths.features,))],
     }
@@ -70,7 +80,7 @@ def network_config(spec: GuardSpec, stage: str, widths: Widths, plans: Mapping[s
         backend="onnxruntime",
         default_model_filename="model.onnx",
         max_batch_size=spec.serving.max_batch_size,
-        input=[_tensor(contract.IMAGE, widths.shape)],
+        input=[_image(spec, widths)],
         output=outputs[stage],
         dynamic_batching={"max_queue_delay_microseconds": spec.serving.queue_delay_microseconds},
         instance_group=[{"count": spec.serving.instances, "kind": triton.ModelInstanceGroup.KIND_AUTO}],
@@ -111,7 +121,7 @@ def scorer_config(spec: GuardSpec, widths: Widths) -> triton.ModelConfig:
         max_batch_size=spec.serving.max_batch_size,
         input=[*features, _tensor(contract.NOISE_LEVEL, (1,)), _tensor(contract.IN_RANGE, (1,))],
         output=_verdict(),
-        dynamic_batching={},
+        dynamic_batching={"max_queue_delay_microseconds": spec.serving.scorer_delay_microseconds},
         instance_group=[{"count": 1, "kind": triton.ModelInstanceGroup.KIND_CPU}],
     )
 
@@ -127,12 +137,14 @@ def ensemble_config(spec: GuardSpec, widths: Widths, class_names: tuple[str, ...
     autoencoder, classifier, scorer = (stage_model(spec.name, stage) for stage in contract.STAGES)
     views = scorer_inputs(spec)
     source = {"image": contract.IMAGE, "noise": spec.noise_source, "reconstruction": contract.RECONSTRUCTION}
-    used = {source[one]: source[one] for one in passes_needed(spec) if one != "image"}
+    fused = fused_passes(spec)
+    made = [contract.PASSES[one] if one in fused else source[one] for one in passes_needed(spec) if one != "image"]
+    used = {name: name for name in made}
     flags = {contract.NOISE_LEVEL: contract.NOISE_LEVEL, contract.IN_RANGE: contract.IN_RANGE}
     steps = [
         step(model_name=autoencoder, model_version=spec.release, input_map={contract.IMAGE: contract.IMAGE}, output_map={**used, **flags})
     ]
-    for one in passes_needed(spec):
+    for one in (one for one in passes_needed(spec) if one not in fused):
         outputs = {contract.LOGITS: contract.LOGITS} if one == "image" else {}
         if contract.PASSES[one] in views:
             outputs[contract.PENULTIMATE] = contract.PASSES[one]
@@ -149,7 +161,7 @@ def ensemble_config(spec: GuardSpec, widths: Widths, class_names: tuple[str, ...
         name=spec.name,
         platform="ensemble",
         max_batch_size=spec.serving.max_batch_size,
-        input=[_tensor(contract.IMAGE, widths.shape)],
+        input=[_image(spec, widths)],
         output=[_tensor(contract.LOGITS, (widths.classes,)), *_verdict()],
         ensemble_scheduling={"step": steps},
         parameters={"class_names": {"string_value": "\n".join(class_names)}},

@@ -23,6 +23,8 @@ else:
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Precision = Literal["fp32", "fp16", "int8"]
+Stage = Literal["autoencoder", "classifier"]
+NETWORK_STAGES: tuple[Stage, ...] = ("autoencoder", "classifier")
 Calibration = Literal["max", "entropy", "percentile"]
 INT8_IMAGES = 500
 """clean images from which int8 takes its ranges"""
@@ -211,9 +213,16 @@ class EngineOptions(Section):
 
 
 class ServingSpec(Section):
+    layout: Literal["staged", "fused"] = "staged"
+    """``fused``: the autoencoder stage also makes the classifier passes of the noise and the reconstruction, in one pass over both; the
+    image's pass stays a stage of its own, for requests that want only the label"""
+    input: Literal["float32", "uint8"] = "float32"
+    """what clients send as IMAGE: floats in [0, 1], or bytes, which the graphs divide by 255; a quarter of the traffic"""
     max_batch_size: Positive = 64
     queue_delay_microseconds: Annotated[int, Field(ge=0)] = 0
     """how long Triton's dynamic batcher waits for more requests"""
+    scorer_delay_microseconds: Annotated[int, Field(ge=0)] = 0
+    """the same for the scorer: the requests of one network batch arrive one after the other"""
     instances: Positive = 1
     """copies of each network stage, on each GPU or on the CPU"""
     max_queue_size: Annotated[int, Field(ge=0)] = 0
@@ -232,7 +241,7 @@ class GuardSpec(Section):
     """``tensorrt`` compiles the network stages on the GPU of the machine that builds"""
     precision: Precision = "fp32"
     """written into the network stages' graphs"""
-    stage_precision: dict[Literal["autoencoder", "classifier"], Precision] = {}
+    stage_precision: dict[Stage, Precision] = {}
     """other precision for one stage"""
     compare: tuple[Precision, ...] = ()
     """precisions that are built and measured beside the one that serves"""
@@ -267,6 +276,14 @@ class GuardSpec(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _bytes_only_for_images(self) -> GuardSpec:
+        if self.serving.input == "uint8" and self.serving.layout != "fused":
+            raise ValueError("serving.input = 'uint8' goes with layout = 'fused': the staged classifier is also fed the noise, in floats")
+        if self.serving.input == "uint8" and self.runtime != "onnxruntime":
+            raise ValueError("serving.input = 'uint8' goes with runtime = 'onnxruntime'; TensorRT stages take floats")
+        return self
+
     @property
     def noise_source(self) -> str:
         """The tensor that the noise pass feeds to the classifier stage.
@@ -287,7 +304,7 @@ class GuardSpec(Section):
         """Whether a detector reads the predicted class."""
         return any(detector.kind in WITH_HEAD for detector in self.detectors)
 
-    def precision_of(self, stage: Literal["autoencoder", "classifier"]) -> Precision:
+    def precision_of(self, stage: Stage) -> Precision:
         """The precision in which a stage serves."""
         return self.stage_precision.get(stage, self.precision)
 

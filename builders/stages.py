@@ -6,12 +6,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import tritonclient.grpc as triton_grpc
+from tritonclient.grpc import model_config_pb2
 
 from noisec import contract
 from noisec.builders.figures import Answers
 from noisec.builders.images import BATCH, Floats
 from noisec.builders.progress import tracked
+from noisec.builders.repository import fused_passes, passes_needed
+from noisec.builders.spec import GuardSpec
 from noisec.contract import stage_model
 from noisec.errors import NoisecError
 from noisec.python_backend.runtimes.onnxruntime.session import open_session
@@ -30,12 +34,19 @@ class StageRunner:
         infer: :func:`in_process` or :func:`served`
         passes: classifier passes, the image's among them
         noise_source: the autoencoder stage's output that the noise pass feeds to the classifier stage
+        fused: passes that the autoencoder stage makes itself
     """
 
-    def __init__(self, infer: Infer, passes: tuple[contract.Pass, ...], noise_source: str) -> None:
+    def __init__(self, infer: Infer, passes: tuple[contract.Pass, ...], noise_source: str, fused: tuple[contract.Pass, ...] = ()) -> None:
         self._infer = infer
-        self._noise_source = noise_source
-        self._passes = passes
+        self._passes = tuple(one for one in passes if one not in fused)
+        self._sources = {"noise": noise_source, "reconstruction": contract.RECONSTRUCTION}
+        self._made = (contract.NOISE_LEVEL, contract.IN_RANGE, *(contract.PASSES[one] for one in fused))
+
+    @classmethod
+    def of(cls, spec: GuardSpec, infer: Infer) -> StageRunner:
+        """Runs exactly the passes that a guard's detectors need, in its layout."""
+        return cls(infer, passes_needed(spec), spec.noise_source, fused_passes(spec))
 
     def __call__(self, batches: Iterable[Floats], count: int, title: str = "running stages") -> Tensors:
         """LOGITS and everything that a scorer reads.
@@ -52,11 +63,11 @@ class StageRunner:
 
     def batch(self, images: Floats) -> Tensors:
         """The same of one batch, float32 [n, C, H, W]."""
-        made = self._infer("autoencoder", images, (*{*contract.AUTOENCODER_OUTPUTS, self._noise_source},))
-        sources = {"image": images, "noise": made[self._noise_source], "reconstruction": made[contract.RECONSTRUCTION]}
-        results = {name: made[name] for name in (contract.NOISE_LEVEL, contract.IN_RANGE)}
+        sources = {one: self._sources[one] for one in self._passes if one != "image"}
+        made = self._infer("autoencoder", images, (*self._made, *sources.values()))
+        results = {name: made[name] for name in self._made}
         for one in self._passes:
-            answer = self._infer("classifier", sources[one], contract.CLASSIFIER_OUTPUTS)
+            answer = self._infer("classifier", images if one == "image" else made[sources[one]], contract.CLASSIFIER_OUTPUTS)
             results[contract.PASSES[one]] = answer[contract.PENULTIMATE]
             if one == "image":
                 results[contract.LOGITS] = answer[contract.LOGITS]
@@ -76,11 +87,25 @@ def in_process(stages: Mapping[str, Path], threads: int = 0) -> Infer:
         threads: compute threads; 0 takes every core
     """
     sessions = {stage: open_session(folder / "model.onnx", threads) for stage, folder in stages.items()}
+    bytewise = {stage for stage, session in sessions.items() if session.get_inputs()[0].type == "tensor(uint8)"}
 
     def infer(stage: str, images: Floats, outputs: Sequence[str]) -> Tensors:
-        return dict(zip(outputs, sessions[stage].run(list(outputs), {contract.IMAGE: images}), strict=True))
+        sent = as_bytes(images) if stage in bytewise and images.dtype != np.uint8 else images
+        return dict(zip(outputs, sessions[stage].run(list(outputs), {contract.IMAGE: sent}), strict=True))
 
     return infer
+
+
+def as_bytes(images: Floats) -> npt.NDArray[np.uint8]:
+    """Images as a stage with uint8 input takes them: float32 [n, C, H, W] in [0, 1], rounded to 8 bits.
+
+    Raises:
+        NoisecError: they are no images: a noise, or pixels outside [0, 1].
+    """
+    if not ((images >= -contract.PIXEL_TOLERANCE) & (images <= 1 + contract.PIXEL_TOLERANCE)).all():
+        raise NoisecError(f"values from {images.min():.3g} to {images.max():.3g} for a stage that takes bytes: pixels lie in [0, 1]")
+    pixels: npt.NDArray[np.uint8] = np.rint(images * np.float32(255)).clip(0, 255).astype(np.uint8)
+    return pixels
 
 
 def on_gpu(stages: Mapping[str, Path], largest: int) -> Infer:
@@ -117,12 +142,15 @@ def served(url: str, guard: str, release: int) -> Infer:
     client = triton_grpc.InferenceServerClient(url)
     version = str(release)
     try:
-        largest = max(1, int(client.get_model_config(stage_model(guard, "classifier"), version).config.max_batch_size))
+        config = client.get_model_config(stage_model(guard, "classifier"), version).config
     except triton_grpc.InferenceServerException as error:
         raise NoisecError(f"{url}: release {release} of {guard!r} is not served there: {error.message()}") from error
 
+    largest, bytewise = max(1, int(config.max_batch_size)), config.input[0].data_type == model_config_pb2.TYPE_UINT8
+
     def ask(stage: str, images: Floats, outputs: Sequence[str]) -> Tensors:
-        image = triton_grpc.InferInput(contract.IMAGE, images.shape, "FP32").set_data_from_numpy(np.ascontiguousarray(images))
+        sent = as_bytes(images) if bytewise else np.ascontiguousarray(images)
+        image = triton_grpc.InferInput(contract.IMAGE, images.shape, "UINT8" if bytewise else "FP32").set_data_from_numpy(sent)
         requested = [triton_grpc.InferRequestedOutput(name) for name in outputs]
         try:
             result = client.infer(stage_model(guard, stage), [image], model_version=version, outputs=requested)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,17 +19,15 @@ from noisec.builders.engine import compute_capability, find_tensorrt
 from noisec.builders.figures import PrecisionTable
 from noisec.builders.head import read_head
 from noisec.builders.images import BATCH, Floats, Splits, in_batches, natural
+from noisec.builders.layout import arrange, changed_stages
 from noisec.builders.precision import lower
 from noisec.builders.protect import Protected, training_inputs
-from noisec.builders.repository import passes_needed
-from noisec.builders.spec import INT8_IMAGES, GuardSpec, Precision
+from noisec.builders.repository import fused_passes
+from noisec.builders.spec import INT8_IMAGES, NETWORK_STAGES, GuardSpec, Precision, Stage
 from noisec.builders.stages import Infer, StageRunner, ask_guard, in_process, on_gpu
 from noisec.builders.workbench import Workbench, seconds_of
 from noisec.python_backend.runtimes.onnxruntime.session import open_session
 from noisec.python_backend.scorer.scoring import Scorer
-
-Stage = Literal["autoencoder", "classifier"]
-NETWORK_STAGES: tuple[Stage, ...] = ("autoencoder", "classifier")
 
 
 def to_build(spec: GuardSpec) -> dict[str, dict[Stage, Precision]]:
@@ -90,6 +88,7 @@ def make_variant(
 ) -> Variant:
     """Lower the stages, fit the scorer on what the lowered stages answer, and measure."""
     folders = {stage: lowered(spec, exact, stage, precision, splits, bench) for stage, precision in precisions.items()}
+    folders = {**folders, **{stage: laid_out(spec, folders, stage, bench) for stage in changed_stages(spec)}}
     if spec.runtime == "tensorrt":
         folders = {stage: compiled(spec, folder, bench) for stage, folder in folders.items()}
     stages: dict[str, Path] = {str(stage): folder for stage, folder in folders.items()}
@@ -117,6 +116,13 @@ def lowered(spec: GuardSpec, exact: dict[Stage, Path], stage: Stage, precision: 
         lower(exact[stage], precision, feeds, spec.int8_calibration, folder)
 
     return bench.step(f"{stage}-{precision}", inputs, make)
+
+
+def laid_out(spec: GuardSpec, plain: dict[Stage, Path], stage: Stage, bench: Workbench) -> Path:
+    """Folder of one stage in the layout, and with the input, that serve."""
+    serving = {"layout": spec.serving.layout, "input": spec.serving.input, "passes": fused_passes(spec), "noise": spec.noise_source}
+    inputs = {**{str(one): folder.name for one, folder in plain.items()}, **serving}
+    return bench.step(f"{stage}-{spec.serving.layout}", inputs, lambda folder: arrange(spec, plain, stage, folder))
 
 
 def compiled(spec: GuardSpec, source: Path, bench: Workbench) -> Path:
@@ -147,7 +153,7 @@ def scorer_inputs(spec: GuardSpec, splits: Splits, stages: dict[str, Path]) -> d
 
 def fit(spec: GuardSpec, stages: dict[str, Path], exact: Path, splits: Splits, folder: Path) -> None:
     """Fit the scorer on what the stages answer; the head is that of the ``exact`` classifier stage, in fp32."""
-    run = StageRunner(open_stages(spec, stages), passes_needed(spec), spec.noise_source)
+    run = StageRunner.of(spec, open_stages(spec, stages))
     head = read_head(exact / "model.onnx", splits.fit[:BATCH].floats()) if spec.needs_head else NO_HEAD
     fit_scorer(spec, run, splits, head).save(folder / "scorer.npz")
 
@@ -172,7 +178,7 @@ def attack_report(spec: GuardSpec, protected: Protected, splits: Splits, bench: 
 
 def measure(spec: GuardSpec, stages: dict[str, Path], scorer: Scorer, splits: Splits, attacked: Path, folder: Path) -> None:
     """Write ``figures.json`` and the clean report images' labels."""
-    run = StageRunner(open_stages(spec, stages), passes_needed(spec), spec.noise_source)
+    run = StageRunner.of(spec, open_stages(spec, stages))
     result, labels = measured(spec, run, scorer, splits, attacked)
     np.save(folder / "labels.npy", labels)
     (folder / "figures.json").write_text(json.dumps(result, indent=2))

@@ -65,7 +65,7 @@ class AsyncGuardClient:
         """Label and verdict for each image; several requests of at most the server's largest batch at a time.
 
         Args:
-            images: [n, C, H, W] or one image [C, H, W]; uint8, or floats in [0, 1]
+            images: [n, C, H, W] or one image [C, H, W]; uint8, or floats in [0, 1] where the guard takes floats
             labels_only: ask only for the classifier's answer; the server then runs only the classifier
 
         Raises:

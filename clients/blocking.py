@@ -48,7 +48,7 @@ class GuardClient:
         """Label and verdict for each image, in requests of at most the server's largest batch.
 
         Args:
-            images: [n, C, H, W] or one image [C, H, W]; uint8, or floats in [0, 1]
+            images: [n, C, H, W] or one image [C, H, W]; uint8, or floats in [0, 1] where the guard takes floats
             labels_only: ask only for the classifier's answer; the server then runs only the classifier
 
         Raises:

@@ -11,23 +11,23 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from noisec.clients.requests import GuardInterface
+from noisec.clients.requests import GuardInterface, Pixels
 from noisec.clients.results import Verdicts
 from noisec.errors import NoisecError
 from noisec.npz import read_npz
 
 
-def read_images(paths: Sequence[Path], interface: GuardInterface) -> tuple[list[str], npt.NDArray[np.float32]]:
+def read_images(paths: Sequence[Path], interface: GuardInterface) -> tuple[list[str], Pixels]:
     """Every image of every file, ready to send.
 
     Returns:
-        a name for each image, and float32 [n, C, H, W] in [0, 1]
+        a name for each image, and [n, C, H, W] as the guard takes them
 
     Raises:
         NoisecError: a file is missing or unreadable, or an image does not fit the guard; nothing is left out.
     """
     names: list[str] = []
-    parts: list[npt.NDArray[np.float32]] = []
+    parts: list[Pixels] = []
     for path in paths:
         array = _npz(path) if path.suffix == ".npz" else _picture(path, interface)
         try:

@@ -9,10 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import tritonclient.grpc as triton_grpc
+from tritonclient.grpc import model_config_pb2
 
 from noisec import contract
 from noisec.clients.results import Verdicts
 from noisec.errors import NoisecError
+
+Pixels = npt.NDArray[np.float32 | np.uint8]
+"""float32 in [0, 1], or uint8 for a guard that takes bytes"""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,8 @@ class GuardInterface:
     """(C, H, W)"""
     max_batch_size: int
     class_names: tuple[str, ...]
+    takes_bytes: bool = False
+    """whether IMAGE is uint8 in [0, 255] instead of float32 in [0, 1]"""
 
     @classmethod
     def from_config(cls, guard: str, config: Any) -> GuardInterface:
@@ -40,20 +46,21 @@ class GuardInterface:
             )
         channels, height, width = inputs[contract.IMAGE]
         names = config.parameters["class_names"].string_value if "class_names" in config.parameters else ""
-        return cls(guard, (channels, height, width), config.max_batch_size, tuple(names.split("\n")) if names else ())
+        takes_bytes = config.input[0].data_type == model_config_pb2.TYPE_UINT8
+        return cls(guard, (channels, height, width), config.max_batch_size, tuple(names.split("\n")) if names else (), takes_bytes)
 
     def name_of(self, label: int) -> str:
         """Name of a class, or its number."""
         return self.class_names[label] if label < len(self.class_names) else str(label)
 
-    def prepare(self, images: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    def prepare(self, images: npt.NDArray[Any]) -> Pixels:
         """Images as the guard wants them.
 
         Args:
-            images: [n, C, H, W] or one image [C, H, W]; uint8, or floats in [0, 1]
+            images: [n, C, H, W] or one image [C, H, W]; uint8, or floats in [0, 1] where the guard takes floats
 
         Returns:
-            float32 [n, C, H, W] in [0, 1]
+            float32 [n, C, H, W] in [0, 1]; uint8 for a guard that takes bytes
 
         Raises:
             NoisecError: shape, dtype or range is wrong; nothing has been sent.
@@ -63,6 +70,10 @@ class GuardInterface:
             raise NoisecError(f"images are {list(images.shape)}; {self.guard} takes [n, {', '.join(map(str, self.shape))}] or one image")
         if len(batch) == 0:
             raise NoisecError("no images: the batch is empty")
+        if self.takes_bytes:
+            if batch.dtype != np.uint8:
+                raise NoisecError(f"images are {batch.dtype}; {self.guard} takes bytes: send the pixels as uint8 in [0, 255]")
+            return np.ascontiguousarray(batch)
         if batch.dtype == np.uint8:
             return batch.astype(np.float32) / np.float32(255)
         if not np.issubdtype(batch.dtype, np.floating):
@@ -78,7 +89,7 @@ class GuardInterface:
             )
         return floats
 
-    def batches(self, images: npt.NDArray[np.float32]) -> Iterator[npt.NDArray[np.float32]]:
+    def batches(self, images: Pixels) -> Iterator[Pixels]:
         """Views of at most the server's largest batch."""
         size = max(1, self.max_batch_size)
         return (images[start : start + size] for start in range(0, len(images), size))
@@ -88,9 +99,9 @@ def wanted_outputs(labels_only: bool) -> tuple[str, ...]:
     return (contract.LOGITS,) if labels_only else contract.OUTPUTS
 
 
-def infer_arguments(batch: npt.NDArray[np.float32], outputs: tuple[str, ...]) -> dict[str, Any]:
+def infer_arguments(batch: Pixels, outputs: tuple[str, ...]) -> dict[str, Any]:
     """``inputs`` and ``outputs`` of tritonclient's ``infer``."""
-    image = triton_grpc.InferInput(contract.IMAGE, batch.shape, "FP32").set_data_from_numpy(batch)
+    image = triton_grpc.InferInput(contract.IMAGE, batch.shape, "UINT8" if batch.dtype == np.uint8 else "FP32").set_data_from_numpy(batch)
     return {"inputs": [image], "outputs": [triton_grpc.InferRequestedOutput(name) for name in outputs]}
 
 

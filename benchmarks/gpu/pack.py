@@ -31,9 +31,9 @@ from noisec.builders.precision import STAGE
 from noisec.builders.progress import console
 from noisec.builders.protect import LogitsOnly, Protected
 from noisec.builders.repository import read_widths
-from noisec.builders.spec import Precision
+from noisec.builders.spec import NETWORK_STAGES, Precision
 from noisec.builders.torchgraph import TorchGraph
-from noisec.builders.variants import NETWORK_STAGES, lowered
+from noisec.builders.variants import lowered
 from noisec.builders.workbench import Workbench
 from noisec.errors import NoisecError
 

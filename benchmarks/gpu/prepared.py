@@ -13,9 +13,8 @@ from noisec import manifest
 from noisec.builders.images import Images, Splits
 from noisec.builders.precision import STAGE
 from noisec.builders.repository import passes_needed
-from noisec.builders.spec import GuardSpec
+from noisec.builders.spec import NETWORK_STAGES, GuardSpec
 from noisec.builders.stages import Infer, StageRunner
-from noisec.builders.variants import NETWORK_STAGES
 from noisec.contract import stage_model
 from noisec.errors import NoisecError
 from noisec.python_backend.scorer.scoring import Scorer

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Final, Literal
 
 IMAGE: Final = "IMAGE"
-"""fp32 [C, H, W], pixels in [0, 1]"""
+"""fp32 [C, H, W], pixels in [0, 1]; or uint8 in [0, 255] for a guard whose serving.input says so"""
 NOISE: Final = "NOISE"
 """fp32 [C, H, W], ``IMAGE - A(IMAGE)``: signed, unclipped (NoiSec section 4.1)"""
 NOISE_INPUT: Final = "NOISE_INPUT"
