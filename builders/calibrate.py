@@ -24,6 +24,7 @@ from noisec.python_backend.scorer.detectors import (
     KernelDensity,
     LocalDimension,
     LogitGaussian,
+    ReconstructionError,
     Statistic,
     View,
     squared_distances,
@@ -146,6 +147,7 @@ def fit_statistic(spec: DetectorSpec, view: View, seed: int) -> Statistic:
         "density": lambda: fit_density(view, seed),
         "dimension": lambda: fit_dimension(view, seed),
         "mutation": lambda: fit_mutation(view, seed),
+        "reconstruction-error": ReconstructionError,
     }
     return fits[spec.kind]()
 

@@ -165,13 +165,15 @@ class AutoencoderSpec(Section):
 class DetectorSpec(Section):
     """One statistic of one view."""
 
-    kind: Literal["mixture", "class-gaussian", "logit-gaussian", "divergence", "density", "dimension", "mutation"] = "mixture"
+    kind: Literal[
+        "mixture", "class-gaussian", "logit-gaussian", "divergence", "density", "dimension", "mutation", "reconstruction-error"
+    ] = "mixture"
     """``mixture``: Gaussian mixture, as published; ``class-gaussian``: Mahalanobis distance from the predicted class; ``logit-gaussian``:
     the same of the change in logits from reconstruction to image; ``divergence``: Jensen-Shannon divergence of these two answers;
     ``density``: kernel density under the predicted class; ``dimension``: local intrinsic dimensionality; ``mutation``: sensitivity to
-    mutants of the last layer"""
+    mutants of the last layer; ``reconstruction-error``: root mean square of the noise itself"""
     view: View
-    """``noise``: F(n), as published; ``delta``: F(x) - F(A(x)); ``image``: F(x)"""
+    """``pixels``: n; ``noise``: F(n), as published; ``delta``: F(x) - F(A(x)); ``image``: F(x)"""
     components: Positive = 1
     """``mixture``: Gaussians in each mixture; the paper uses one"""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -179,7 +181,8 @@ class DetectorSpec(Section):
 
     @model_validator(mode="after")
     def _fits_its_view(self) -> DetectorSpec:
-        wanted = {"logit-gaussian": "delta", "divergence": "delta", "mutation": "image"}.get(self.kind, self.view)
+        bound = {"logit-gaussian": "delta", "divergence": "delta", "mutation": "image", "reconstruction-error": "pixels"}
+        wanted = bound.get(self.kind, "noise" if self.view == "pixels" else self.view)
         if self.view != wanted:
             raise ValueError(f"a detector of kind {self.kind!r} has view {wanted!r}; view is {self.view!r}")
         for name, kind in (("components", "mixture"), ("temperature", "divergence")):
@@ -195,7 +198,7 @@ class DetectorSpec(Section):
     @property
     def inputs(self) -> tuple[str, ...]:
         """Tensors that the view reads."""
-        return tuple(contract.PASSES[name] for name in contract.VIEWS[self.view])
+        return tuple(contract.PASSES[name] for name in contract.VIEWS[self.view]) or (contract.NOISE_LEVEL,)
 
 
 class EngineOptions(Section):

@@ -156,6 +156,7 @@ STATISTICS: dict[str, Callable[..., Raw]] = {
     "density": _density,
     "dimension": _dimension,
     "mutation": _mutation,
+    "reconstruction-error": lambda fitted, device: lambda view: view.activations[0][:, 0],
 }
 """kind of a detector -> (fitted statistic, device) -> its formula in torch"""
 

@@ -48,9 +48,11 @@ PASSES: Final = MappingProxyType(
 )
 """A classifier pass of the ensemble -> the scorer's input that carries its penultimate activations."""
 
-View = Literal["noise", "delta", "image"]
-VIEWS: Final = MappingProxyType[str, tuple[Pass, ...]]({"noise": ("noise",), "delta": ("image", "reconstruction"), "image": ("image",)})
-"""What a detector looks at -> the classifier passes it needs: F(n), F(x) - F(A(x)), F(x)."""
+View = Literal["pixels", "noise", "delta", "image"]
+VIEWS: Final = MappingProxyType[str, tuple[Pass, ...]](
+    {"pixels": (), "noise": ("noise",), "delta": ("image", "reconstruction"), "image": ("image",)}
+)
+"""What a detector looks at -> the classifier passes it needs: none for n itself, then F(n), F(x) - F(A(x)), F(x)."""
 
 STAGES: Final = ("autoencoder", "classifier", "scorer")
 
