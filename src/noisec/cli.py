@@ -53,6 +53,13 @@ class Runtime(str, Enum):
     TENSORRT = "tensorrt"
 
 
+class Goal(str, Enum):
+    """What settings are tuned for."""
+
+    THROUGHPUT = "throughput"
+    LATENCY = "latency"
+
+
 Repository = Annotated[Path, typer.Argument(help="Model repository: a folder with one or more guards.")]
 Url = Annotated[str, typer.Option("--url", "-u", help="gRPC address of the server.")]
 GuardName = Annotated[str, typer.Option("--guard", "-g", help="Name of the guard.")]
@@ -188,6 +195,40 @@ def serve(
     from noisec.python_backend.server import serve as serve_repository
 
     serve_repository(repository, host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port, verbose=verbose)
+
+
+@app.command()
+def tune(
+    repository: Repository,
+    guard: GuardName,
+    goal: Annotated[Goal, typer.Option(help="Most images a second, or the same with the 99th percentile within --latency-ms.")],
+    latency_ms: Annotated[float | None, typer.Option(help="Bound of the 99th percentile, with --goal latency.", min=0)] = None,
+    clients: Annotated[int, typer.Option(help="Each with one request under way.", min=1)] = 16,
+    batch: Annotated[int, typer.Option(help="Images in a request.", min=1)] = 1,
+    seconds: Annotated[float, typer.Option(help="Time budget.", min=1)] = 180,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write a copy of the guard with the best settings here.")] = None,
+    write: Annotated[bool, typer.Option("--write", help="Write the best settings into the repository itself.")] = False,
+    work: Annotated[Path, typer.Option(help="Folder for decoded images.")] = Path("workbench"),
+) -> None:
+    """Find the serving settings that suit this machine: layout, instances, queue delays, largest batch. The verdicts stay.
+
+    Example: `noisec tune model_repository --guard fashion_mnist --goal throughput --seconds 120 --out tuned`
+    """
+    if out is not None and (write or out.exists()):
+        raise NoisecError(f"--out {out}: name a new folder, and do not give --write with it")
+    from noisec.benchmarks.throughput.tuning import Wish, tuning_rows
+    from noisec.benchmarks.throughput.tuning import tune as tune_guard
+    from noisec.builders.layout import rearrange
+
+    found = tune_guard(repository, guard, Wish(goal.value, clients, batch, latency_ms), seconds, work / guard / "images")
+    _show(f"{guard}: {clients} clients, {batch} images a request", *tuning_rows(found))
+    console.print(
+        f"best: {found.best.gain:.2f} of the present throughput" + ("" if found.complete else "; the budget ended the sweep early")
+    )
+    target = repository if write else out
+    if target is not None:
+        rearrange(repository, guard, found.best.serving, target)
+        console.print(f"{target}: {guard} is written with the best settings; a running server takes them when it starts again")
 
 
 @app.command()

@@ -1,0 +1,160 @@
+"""Which serving settings suit this machine: measured on the real server, one setting changed at a time, within a time budget."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from noisec import contract
+from noisec.benchmarks.throughput.load import Generator, Load, Traffic, generator, triton
+from noisec.benchmarks.throughput.target import Target
+from noisec.builders.layout import rearrange
+from noisec.builders.progress import bar
+from noisec.builders.spec import ServingSpec
+from noisec.errors import NoisecError
+from noisec.python_backend.server import EmbeddedServer
+
+Goal = Literal["throughput", "latency"]
+ROUNDS = 2
+"""turns that a setting and the present one take, side by side: other work on the machine slows both"""
+LEAST_GAIN = 1.02
+"""by which a setting has to beat another one, as measurements scatter"""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked of the settings."""
+
+    goal: Goal
+    clients: int
+    """each with one request under way"""
+    batch: int
+    """images in a request"""
+    latency_ms: float | None
+    """``latency``: bound of the 99th percentile"""
+
+    def __post_init__(self) -> None:
+        if (self.goal == "latency") != (self.latency_ms is not None):
+            raise NoisecError("--latency-ms goes with --goal latency, which needs it")
+
+    def value(self, trial: Trial) -> float:
+        """The higher, the better: the gain, or where the bound is not met minus the latency, so that what meets it always wins."""
+        return trial.gain if self.latency_ms is None or trial.load.p99_ms <= self.latency_ms else -trial.load.p99_ms
+
+    def beats(self, one: Trial, other: Trial) -> bool:
+        """Whether ``one`` is better than ``other`` by more than scatter."""
+        first, second = self.value(one), self.value(other)
+        return first > second * LEAST_GAIN if second > 0 else first > second / LEAST_GAIN
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A setting and what was measured of it."""
+
+    serving: ServingSpec
+    load: Load
+    """of its median turn"""
+    gain: float
+    """images a second over those of the present setting, measured in turns: the median ratio"""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a sweep found."""
+
+    trials: list[Trial]
+    """the present setting first, in the order of measurement"""
+    best: Trial
+    complete: bool
+    """whether the budget was enough for every axis"""
+
+
+def axes(present: ServingSpec, can_fuse: bool, cores: int, batch: int) -> dict[str, list[Any]]:
+    """Serving setting -> values that are tried with requests of ``batch`` images; the ones that matter most first."""
+    largest = present.max_batch_size
+    found: dict[str, list[Any]] = {
+        "layout": ["staged", "fused"] if can_fuse else [present.layout],
+        "instances": sorted({1, 2, cores}),
+        "scorer_delay_microseconds": [0, 100, 300],
+        "queue_delay_microseconds": [0, 200, 1000],
+        "max_batch_size": sorted({max(batch, largest // 4), 2 * largest}),
+    }
+    return {name: [value for value in values if value != getattr(present, name)] for name, values in found.items()}
+
+
+def tune(repository: Path, guard: str, wish: Wish, seconds: float, cache: Path, measure_seconds: float = 1.5) -> Tuning:
+    """Try settings one axis after the other, each from the best so far, until the budget is used up; the repository is only read.
+
+    Args:
+        wish: what the best one is best at
+        seconds: budget
+        cache: folder for decoded images
+        measure_seconds: length of each measurement
+
+    Raises:
+        NoisecError: the guard or its data is not there, its server does not start, or it takes no requests of that size.
+    """
+    target = Target.open(repository, guard)
+    present = target.spec.serving
+    if wish.batch > present.max_batch_size:
+        raise NoisecError(f"--batch {wish.batch}: {guard} takes at most {present.max_batch_size} images in a request")
+    plain = (present.layout, present.input) == ("staged", "float32") and target.spec.runtime == "onnxruntime"
+    open_axes = axes(present, plain, os.cpu_count() or 1, wish.batch)
+    deadline, cost = time.monotonic() + seconds, 0.0
+    steps = 1 + sum(map(len, open_axes.values()))
+    with generator(target.images(cache)) as load, served(target, present) as url, bar("tuning", steps) as shown:
+        measure = partial(_measure, load, guard, wish, measure_seconds)
+        trials = [Trial(present, measure(url), 1.0)]
+        best, complete = trials[0], True
+        for name, values in open_axes.items():
+            for value in values:
+                start = time.monotonic()
+                if start + cost > deadline:
+                    complete = False
+                    continue
+                serving = best.serving.model_copy(update={name: value})
+                with served(target, serving) as other:
+                    trials.append(_in_turns(measure, serving, url, other))
+                best = trials[-1] if wish.beats(trials[-1], best) else best
+                shown.advance(f"{trials[-1].gain:.2f} of the present throughput; best {best.gain:.2f}")
+                cost = max(cost, time.monotonic() - start)
+    return Tuning(trials, best, complete)
+
+
+def _in_turns(measure: partial[Load], serving: ServingSpec, present: str, other: str) -> Trial:
+    turns = [(measure(present), measure(other)) for _ in range(ROUNDS)]
+    loads = sorted((new for _, new in turns), key=lambda load: load.per_second)
+    return Trial(serving, loads[len(loads) // 2], statistics.median(new.per_second / old.per_second for old, new in turns))
+
+
+def _measure(load: Generator, guard: str, wish: Wish, seconds: float, url: str) -> Load:
+    return load.closed([Traffic(partial(triton, url, guard, contract.OUTPUTS), wish.batch)], wish.clients, seconds)
+
+
+@contextmanager
+def served(target: Target, serving: ServingSpec) -> Iterator[str]:
+    """gRPC address of a server with a copy of the guard's newest release, served so."""
+    with tempfile.TemporaryDirectory() as folder:
+        rearrange(target.repository, target.guard, serving, Path(folder))
+        with EmbeddedServer(Path(folder)) as server:
+            yield server.grpc_url
+
+
+def tuning_rows(found: Tuning) -> tuple[list[str], list[list[str]]]:
+    """Column heads and rows of the table."""
+    heads = ["layout", "instances", "scorer delay us", "queue delay us", "max batch", "images/s", "p50 ms", "p99 ms", "gain", ""]
+    rows = []
+    for trial in found.trials:
+        one, load = trial.serving, trial.load
+        settings = [one.layout, one.instances, one.scorer_delay_microseconds, one.queue_delay_microseconds, one.max_batch_size]
+        figures = [f"{load.per_second:.0f}", f"{load.p50_ms:.2f}", f"{load.p99_ms:.2f}", f"{trial.gain:.2f}"]
+        rows.append([*map(str, settings), *figures, "best" if trial is found.best else ""])
+    return heads, rows

@@ -1,0 +1,71 @@
+"""Tuning measures settings on the real server, keeps to its budget, and changes settings alone."""
+
+from __future__ import annotations
+
+import shutil
+import time
+
+import pytest
+from conftest import GUARD, REPOSITORY
+
+from noisec import manifest
+from noisec.benchmarks.throughput.load import Load
+from noisec.benchmarks.throughput.tuning import Trial, Wish, axes, tune, tuning_rows
+from noisec.builders.layout import rearrange
+from noisec.builders.repository import read_config
+from noisec.builders.spec import GuardSpec, ServingSpec
+from noisec.errors import NoisecError
+
+
+def trial(gain: float, p99: float) -> Trial:
+    return Trial(ServingSpec(), Load(10, 10, 1.0, 10 * gain, 1.0, 2.0, p99, 0), gain)
+
+
+def test_a_sweep_keeps_to_its_budget_and_leaves_the_repository_alone(tmp_path):
+    start = time.monotonic()
+    found = tune(REPOSITORY, GUARD, Wish("throughput", 2, 4, None), 4, tmp_path, 0.3)
+    assert time.monotonic() - start < 60
+    assert not found.complete
+    assert [one.serving.layout for one in found.trials[:2]] == ["staged", "fused"]
+    assert all(one.load.failed == 0 and one.load.per_second > 0 for one in found.trials)
+    assert found.best in found.trials
+    assert manifest.verify_repository(REPOSITORY) == []
+    assert len(tuning_rows(found)[1]) == len(found.trials)
+
+
+def test_every_axis_leaves_out_the_present_value():
+    found = axes(ServingSpec(instances=2), True, 4, 1)
+    assert found["instances"] == [1, 4]
+    assert found["layout"] == ["fused"]
+    assert axes(ServingSpec(layout="fused"), False, 4, 1)["layout"] == []
+    assert axes(ServingSpec(), True, 2, 32)["max_batch_size"] == [32, 128]
+
+
+def test_a_setting_within_the_bound_beats_every_one_outside():
+    wish = Wish("latency", 1, 1, 5.0)
+    assert wish.beats(trial(0.5, 4.0), trial(2.0, 6.0))
+    assert wish.beats(trial(1.0, 6.0), trial(2.0, 9.0))
+    assert not wish.beats(trial(1.01, 4.0), trial(1.0, 4.0))
+    assert Wish("throughput", 1, 1, None).beats(trial(1.5, 100.0), trial(1.0, 1.0))
+
+
+def test_a_bound_and_a_batch_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(NoisecError, match="goes with --goal latency"):
+        Wish("throughput", 1, 1, 5.0)
+    with pytest.raises(NoisecError, match="takes at most 64 images"):
+        tune(REPOSITORY, GUARD, Wish("throughput", 1, 65, None), 1, tmp_path)
+
+
+def test_settings_are_written_into_a_repository_and_its_manifest(tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(REPOSITORY, copy)
+    serving = ServingSpec(layout="fused", instances=2, queue_delay_microseconds=200, scorer_delay_microseconds=100, max_batch_size=32)
+    rearrange(copy, GUARD, serving, copy)
+    assert manifest.verify_repository(copy) == []
+    content = manifest.read_manifest(copy, GUARD)
+    assert GuardSpec.model_validate(content["spec"]).serving == serving
+    assert content["figures"] == manifest.read_manifest(REPOSITORY, GUARD)["figures"]
+    network, scorer = (read_config(copy / f"{GUARD}_{stage}") for stage in ("autoencoder", "scorer"))
+    assert (network.instance_group[0].count, network.max_batch_size) == (2, 32)
+    delays = [config.dynamic_batching.max_queue_delay_microseconds for config in (network, scorer)]
+    assert delays == [200, 100]
