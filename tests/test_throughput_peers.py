@@ -21,8 +21,8 @@ from noisec.benchmarks.throughput.peers.running import check, running
 from noisec.benchmarks.throughput.peers.servers.compute import ANSWERS, Guard, columns, encode
 from noisec.errors import NoisecError
 
-SCORE_DIFFERENCE = 1e-3
-"""largest difference relative to 1 + score: batches of other sizes round differently, and the tails are steep"""
+SCORE_DIFFERENCE = 1e-2
+"""largest difference, of scores relative to 1 + score: batches of other sizes round differently, and the scales are steep in places"""
 OWN = Path(sys.prefix)
 """PyTriton is installed here"""
 
