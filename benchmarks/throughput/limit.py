@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Barrier
 from typing import Literal
 
@@ -16,14 +17,14 @@ import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
 from noisec import contract
+from noisec.benchmarks.throughput.load import Images, stored
 from noisec.benchmarks.throughput.target import Target
-from noisec.builders.images import Floats
 from noisec.builders.stages import StageRunner, in_process
 from noisec.python_backend.scorer.scoring import Scorer
 
 What = Literal["guard", "classifier"]
 WARM_UP = 0.2
-START_SECONDS = 120.0
+START_SECONDS = 60.0
 """how long the processes may take to start"""
 
 
@@ -51,15 +52,15 @@ class Computation:
 
     def __init__(self, target: Target, threads: int) -> None:
         self._infer = in_process(target.stages, threads)
-        self._run = StageRunner(self._infer, target.passes, target.noise_source)
+        self._run = StageRunner.of(target.spec, self._infer)
         self._scorer = Scorer.load(target.scorer)
 
-    def classifier(self, images: Floats) -> npt.NDArray[np.int64]:
+    def classifier(self, images: Images) -> npt.NDArray[np.int64]:
         """Labels int64 [n] from the classifier alone."""
         labels: npt.NDArray[np.int64] = self._infer("classifier", images, (contract.LOGITS,))[contract.LOGITS].argmax(axis=1)
         return labels
 
-    def guard(self, images: Floats) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    def guard(self, images: Images) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """Labels int64 [n] and verdicts bool [n]."""
         tensors = self._run.batch(images)
         return tensors[contract.LOGITS].argmax(axis=1), self._scorer.verdict(tensors).is_malicious
@@ -86,15 +87,18 @@ class Processes:
 
 
 @contextmanager
-def processes(target: Target, images: Floats, count: int, threads: int) -> Iterator[Processes]:
+def processes(target: Target, images: Images, count: int, threads: int) -> Iterator[Processes]:
     """``count`` processes with ``threads`` ONNX Runtime threads each.
 
     Args:
-        images: float32 [n, C, H, W]; every batch is taken from them
+        images: [n, C, H, W], as the guard takes them; every batch is taken from them
     """
     context = multiprocessing.get_context("spawn")
     start = context.Barrier(count)
-    with ProcessPoolExecutor(count, context, initializer=_prepare, initargs=(target, images, threads, start)) as pool:
+    with (
+        stored(images) as file,
+        ProcessPoolExecutor(count, context, initializer=_prepare, initargs=(target, file, threads, start)) as pool,
+    ):
         yield Processes(pool, count, threads)
 
 
@@ -104,7 +108,7 @@ def settings(cores: int) -> list[tuple[int, int]]:
 
 
 def sweep(
-    target: Target, images: Floats, what: Sequence[What], batches: Sequence[int], cores: int, seconds: float, repeats: int
+    target: Target, images: Images, what: Sequence[What], batches: Sequence[int], cores: int, seconds: float, repeats: int
 ) -> list[Speed]:
     """Every setting of processes and threads with every batch size, each the median of its repeats, which take turns."""
     found: list[Speed] = []
@@ -120,18 +124,19 @@ def median(speeds: Sequence[Speed]) -> Speed:
     return sorted(speeds, key=lambda speed: speed.per_second)[len(speeds) // 2]
 
 
-def best(speeds: Sequence[Speed], what: What) -> Speed:
-    return max((speed for speed in speeds if speed.what == what), key=lambda speed: speed.per_second)
+def fastest(speeds: Sequence[Speed], what: What, count: int) -> list[Speed]:
+    """The best settings, the best one first."""
+    return sorted((speed for speed in speeds if speed.what == what), key=lambda speed: -speed.per_second)[:count]
 
 
-_ready: tuple[Computation, Floats, Barrier]
+_ready: tuple[Computation, Images, Barrier]
 """in each of the processes"""
 
 
-def _prepare(target: Target, images: Floats, threads: int, start: Barrier) -> None:
+def _prepare(target: Target, images: Path, threads: int, start: Barrier) -> None:
     global _ready
     threadpool_limits(1)  # NumPy's own threads: the server's scorer has one as well
-    _ready = (Computation(target, threads), images, start)
+    _ready = (Computation(target, threads), np.load(images), start)
 
 
 def _measure(what: What, batch: int, seconds: float) -> list[float]:
@@ -145,7 +150,7 @@ def _measure(what: What, batch: int, seconds: float) -> list[float]:
     return _timed(compute, parts, seconds)
 
 
-def _timed(compute: object, parts: Sequence[Floats], seconds: float) -> list[float]:
+def _timed(compute: object, parts: Sequence[Images], seconds: float) -> list[float]:
     assert callable(compute)
     times: list[float] = []
     begin = now = time.perf_counter()

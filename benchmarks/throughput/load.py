@@ -9,25 +9,30 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
 import numpy.typing as npt
 import tritonclient.grpc as triton_grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.utils import np_to_triton_dtype
 
 from noisec import contract
-from noisec.builders.images import Floats
 from noisec.errors import NoisecError
 
-Sender = Callable[[Floats], Awaitable[None]]
-"""Sends float32 [n, C, H, W], n >= 1, waits for the answer and raises where there is none."""
+Images = npt.NDArray[Any]
+"""[n, C, H, W], as the server takes them"""
+Sender = Callable[[Images], Awaitable[None]]
+"""Sends a request of n >= 1 images, waits for the answer and raises where there is none."""
 Connect = Callable[[], AbstractAsyncContextManager[Sender]]
 """Connects to a server; it travels to the load's process, so it has to pickle."""
 
@@ -77,10 +82,10 @@ class Requests:
     """Images cut into requests, kind by kind.
 
     Args:
-        images: float32 [n, C, H, W]; every batch is taken from them, round and round
+        images: every batch is taken from them, round and round
     """
 
-    def __init__(self, traffic: Sequence[Traffic], images: Floats, seed: int) -> None:
+    def __init__(self, traffic: Sequence[Traffic], images: Images, seed: int) -> None:
         weights = np.array([one.weight for one in traffic])
         self._kinds = np.random.default_rng(seed).choice(len(traffic), 4096, p=weights / weights.sum())
         largest = max(one.batch for one in traffic)
@@ -89,7 +94,7 @@ class Requests:
         self._count = len(images)
         self._at = self._sent = 0
 
-    def next(self) -> tuple[int, Floats]:
+    def next(self) -> tuple[int, Images]:
         """The kind of the next request, and its images."""
         kind = int(self._kinds[self._sent % len(self._kinds)])
         start, batch = self._at, self._batches[kind]
@@ -98,12 +103,11 @@ class Requests:
 
 
 async def closed_loop(
-    traffic: Sequence[Traffic], images: Floats, clients: int, seconds: float, warm_up: float = 0.3, seed: int = 0
+    traffic: Sequence[Traffic], images: Images, clients: int, seconds: float, warm_up: float = 0.3, seed: int = 0
 ) -> Load:
     """``clients`` clients, each with one request under way at any time. Requests answered within the window count.
 
     Args:
-        images: float32 [n, C, H, W]
         seconds: length of the window, after ``warm_up`` seconds
     """
     tally, requests = _Tally(), Requests(traffic, images, seed)
@@ -127,11 +131,10 @@ async def closed_loop(
     return tally.load(seconds)
 
 
-async def open_loop(traffic: Sequence[Traffic], images: Floats, rate: float, seconds: float, connections: int = 4, seed: int = 0) -> Load:
+async def open_loop(traffic: Sequence[Traffic], images: Images, rate: float, seconds: float, connections: int = 4, seed: int = 0) -> Load:
     """Requests at Poisson arrivals; each latency counts from the arrival. Every arrival counts, until its answer.
 
     Args:
-        images: float32 [n, C, H, W]
         rate: requests per second
         seconds: length of the schedule
     """
@@ -171,7 +174,7 @@ def arrivals(rate: float, seconds: float, seed: int) -> npt.NDArray[np.float64]:
     return times[times < seconds]
 
 
-async def _fails(send: Sender, images: Floats) -> bool:
+async def _fails(send: Sender, images: Images) -> bool:
     try:
         await send(images)
     except Exception:  # whatever a sender raises is a request that was not answered
@@ -211,8 +214,10 @@ async def triton(url: str, model: str, outputs: Sequence[str]) -> AsyncIterator[
         infer = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer
         wanted = [service_pb2.ModelInferRequest.InferRequestedOutputTensor(name=name) for name in outputs]
 
-        async def send(images: Floats) -> None:
-            image = service_pb2.ModelInferRequest.InferInputTensor(name=contract.IMAGE, datatype="FP32", shape=images.shape)
+        async def send(images: Images) -> None:
+            image = service_pb2.ModelInferRequest.InferInputTensor(
+                name=contract.IMAGE, datatype=np_to_triton_dtype(images.dtype), shape=images.shape
+            )
             request = service_pb2.ModelInferRequest(model_name=model, inputs=[image], outputs=wanted, raw_input_contents=[images.tobytes()])
             answer = await infer(request)
             if len(answer.outputs) != len(wanted):
@@ -251,20 +256,29 @@ def _answered(load: Load) -> Load:
 
 
 @contextmanager
-def generator(images: Floats) -> Iterator[Generator]:
-    """A process that makes load of these images, float32 [n, C, H, W]."""
+def generator(images: Images) -> Iterator[Generator]:
+    """A process that makes load of these images, [n, C, H, W] as the server takes them."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, initializer=_keep, initargs=(images,)) as pool:
+    with stored(images) as file, ProcessPoolExecutor(1, context, initializer=_keep, initargs=(file,)) as pool:
         yield Generator(pool)
 
 
-_kept: Floats
+@contextmanager
+def stored(images: Images) -> Iterator[Path]:
+    """Images in an .npy file for other processes: sent to one that dies as it starts, they would overfill its pipe, and block for ever."""
+    with tempfile.TemporaryDirectory(prefix="noisec-images-") as folder:
+        file = Path(folder, "images.npy")
+        np.save(file, images)
+        yield file
+
+
+_kept: Images
 """the images, in the load's process"""
 
 
-def _keep(images: Floats) -> None:
+def _keep(file: Path) -> None:
     global _kept
-    _kept = images
+    _kept = np.load(file)
 
 
 def _closed(traffic: Sequence[Traffic], clients: int, seconds: float) -> Load:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from noisec import contract
-from noisec.builders.images import Floats
+from noisec.clients.requests import Pixels
 from noisec.errors import NoisecError
 
 WHEEL = "tritonclient==2.50.0"
@@ -125,11 +125,11 @@ def read_report(path: Path, batch: int, clients: int) -> Perf:
     return Perf(batch, clients, float(rows[0]["Inferences/Second"]), *times)
 
 
-def write_images(path: Path, images: Floats) -> Path:
+def write_images(path: Path, images: Pixels) -> Path:
     """Images as ``--input-data`` takes them, one request row after the other.
 
     Args:
-        images: float32 [n, C, H, W]
+        images: [n, C, H, W], as the guard takes them
     """
     rows = [{contract.IMAGE: {"b64": base64.b64encode(image.tobytes()).decode(), "shape": list(image.shape)}} for image in images]
     path.write_text(json.dumps({"data": rows}))

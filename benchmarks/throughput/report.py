@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from noisec.benchmarks.throughput.plots import PLOTS, draw
-from noisec.benchmarks.throughput.rows import CLASSIFIER, GUARD, LABELS, Row, choose, middle, write_csv
+from noisec.benchmarks.throughput.rows import CLASSIFIER, GUARD, LABELS, MANY, Row, choose, middle, write_csv
 from noisec.benchmarks.throughput.summary import Summary, peer_figures, peer_names, read_summaries, write_summaries
 from noisec.builders.figures import markdown_table
 
@@ -55,6 +55,7 @@ def as_markdown(guard: str, result: Result, summary: Summary, facts: Mapping[str
         "Poisson arrivals of single images": _table(choose(rows, "arrivals"), "requests"),
         "Mixed traffic": _table(choose(rows, "mixed")),
         "Other servers": peer_table(result),
+        "Settings of other servers": _table(choose(rows, "peer settings")),
         "Soak": _soak_table(result),
         "The server meanwhile": stage_table(result.observations),
     }
@@ -90,7 +91,7 @@ def goal_table(guard: str, result: Result, summary: Summary) -> str:
 def _peer_goals(rows: Sequence[Row], summary: Summary) -> list[tuple[str, str, bool]]:
     if not summary["peers"]:
         return []
-    own = peer_figures(rows, GUARD, _many(rows))
+    own = peer_figures(rows, GUARD)
     many = own["per_second_single_image"] / max(peer["per_second_single_image"] for peer in summary["peers"].values())
     one = own["per_second_1x1"] / max(peer["per_second_1x1"] for peer in summary["peers"].values())
     return [
@@ -120,15 +121,12 @@ def peer_table(result: Result) -> str:
         return ""
     rows = []
     for name in [GUARD, *names] if names else []:
-        figures = peer_figures(result.rows, name, _many(result.rows))
-        encoding = choose(result.rows, "peers", what=name)[0].note.split("; ")[-1] if name != GUARD else "binary over gRPC"
-        rows.append([f"**{name}**" if name == GUARD else name, encoding, *(f"{value:,.0f}" for value in figures.values())])
-    table = markdown_table(["server", "encoding", "1 image, 1 client", "1 image, 16 clients", "saturated"], rows)
+        own = choose(result.rows, "peers", what=name)
+        encoding = own[0].note.split("; ")[-1] or "binary over gRPC"
+        figures = [f"{value:,.0f}" for value in peer_figures(result.rows, name).values()]
+        rows.append([f"**{name}**" if name == GUARD else name, encoding, *figures, str(sum(row.failed for row in own))])
+    table = markdown_table(["server", "encoding", "1 image, 1 client", f"1 image, {MANY} clients", "saturated", "failed"], rows)
     return "\n\n".join([table] * bool(names) + [f"{name} was not measured: {reason}" for name, reason in result.absent.items()])
-
-
-def _many(rows: Sequence[Row]) -> int:
-    return max((row.clients for row in choose(rows, "peers", batch=1)), default=1)
 
 
 def stage_table(observations: Sequence[Observation]) -> str:

@@ -23,12 +23,15 @@ Part = Literal[
     "one client",
     "arrivals",
     "mixed",
+    "peer settings",
     "peers",
     "soak",
 ]
 """which question the measurement answers"""
 GUARD, CLASSIFIER, LABELS = "guard", "classifier", "guard, label only"
 NONE = float("nan")
+MANY = 16
+"""clients that send single images"""
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,12 @@ def middle(rows: Sequence[Row], figure: str = "per_second") -> float:
     return float(median(getattr(row, figure) for row in rows))
 
 
-def fastest(rows: Iterable[Row]) -> Row:
-    return max(rows, key=lambda row: row.per_second)
+def by_setting(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows of the same batch, clients and note together, the group with the highest throughput first."""
+    groups: dict[tuple[int, int, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.batch, row.clients, row.note), []).append(row)
+    return sorted(groups.values(), key=middle, reverse=True)
 
 
 def write_csv(rows: Iterable[Row], path: Path) -> None:

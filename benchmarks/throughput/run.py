@@ -7,7 +7,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -18,20 +18,33 @@ import numpy as np
 
 from noisec import contract, manifest
 from noisec.benchmarks.throughput import statistics
-from noisec.benchmarks.throughput.limit import best, processes, sweep
+from noisec.benchmarks.throughput.limit import fastest, processes, sweep
 from noisec.benchmarks.throughput.load import Connect, Generator, Traffic, generator, triton
 from noisec.benchmarks.throughput.perf import PerfAnalyzer, find_perf_analyzer, write_images
 from noisec.benchmarks.throughput.report import write_results
-from noisec.benchmarks.throughput.rows import CLASSIFIER, GUARD, LABELS, Part, Row, choose, fastest, middle, of_load, of_perf, of_speed
+from noisec.benchmarks.throughput.rows import (
+    CLASSIFIER,
+    GUARD,
+    LABELS,
+    MANY,
+    Part,
+    Row,
+    by_setting,
+    choose,
+    middle,
+    of_load,
+    of_perf,
+    of_speed,
+)
 from noisec.benchmarks.throughput.summary import Summary, summary_of
-from noisec.benchmarks.throughput.target import Target
-from noisec.builders.images import Floats
+from noisec.benchmarks.throughput.target import IMAGES, Target
 from noisec.builders.progress import console
+from noisec.clients.requests import Pixels
 from noisec.errors import NoisecError
 from noisec.python_backend.server import EmbeddedServer
 
-MANY = 16
-"""clients that send single images"""
+CONTENDERS = 2
+"""settings that a sweep passes on: the best of one short measurement each may have been lucky"""
 SOAK_LOAD, SOAK_CHUNK = 0.8, 10.0
 """share of the throughput, and seconds between two looks at the memory"""
 MIXED = ((1, contract.OUTPUTS, 0.5), (1, (contract.LOGITS,), 0.2), (8, contract.OUTPUTS, 0.2), (8, contract.VERDICT, 0.1))
@@ -93,12 +106,12 @@ class Benchmark:
     Args:
         url: gRPC address of the server
         data: the images as perf_analyzer reads them
-        images: float32 [n, C, H, W]
+        images: [n, C, H, W], as the guard takes them
         here: whether the server is this process's own, so that its processes can be watched
     """
 
     def __init__(
-        self, target: Target, url: str, plan: Plan, perf: PerfAnalyzer, data: Path, images: Floats, load: Generator, here: bool
+        self, target: Target, url: str, plan: Plan, perf: PerfAnalyzer, data: Path, images: Pixels, load: Generator, here: bool
     ) -> None:
         self.target, self.url, self.plan, self.perf, self.data, self.images, self.load = target, url, plan, perf, data, images, load
         self.processes = statistics.server_processes() if here else []
@@ -115,9 +128,9 @@ class Benchmark:
 
     def limit(self) -> None:
         """Processes, threads and batch sizes, without a server."""
-        plan, batches = self.plan, [size for size in self.plan.limits if size <= len(self.images)]
+        plan, batches = self.plan, [size for size in self.plan.limits if size <= IMAGES]
         found = sweep(self.target, self.images, ("guard", "classifier"), batches, cores(), plan.seconds / 2, max(1, plan.rounds // 2))
-        self.best_limit = best(found, "guard")
+        self.best_limits = fastest(found, "guard", CONTENDERS)
         self.rows += [of_speed("limit", speed) for speed in found]
 
     def saturate(self) -> None:
@@ -127,18 +140,21 @@ class Benchmark:
                 self._perf("batches and clients", batch, clients)
         for clients in self.plan.singles:
             self._perf("single images", 1, clients)
-        self.best = fastest(choose(self.rows, "batches and clients"))
 
     def side_by_side(self) -> None:
-        """The best setting, single images from many clients, and the limit, in turns."""
-        top = self.best_limit
-        with processes(self.target, self.images, top.processes, top.threads) as computing:
+        """The best settings, single images from many clients, and the limit at its best settings, in turns."""
+        loads = {(rows[0].batch, rows[0].clients) for rows in by_setting(choose(self.rows, "batches and clients"))[:CONTENDERS]}
+        with ExitStack() as stack:
+            limits = [
+                (one, stack.enter_context(processes(self.target, self.images, one.processes, one.threads))) for one in self.best_limits
+            ]
             for _ in range(self.plan.rounds):
-                self.rows.append(of_speed("side by side", computing.measure("guard", top.batch, self.plan.seconds)))
-                with self._observed(f"batch {self.best.batch} from {self.best.clients} clients"):
-                    self._perf("side by side", self.best.batch, self.best.clients)
-                with self._observed(f"single images from {MANY} clients"):
-                    self._perf("side by side", 1, MANY)
+                for one, computing in limits:
+                    self.rows.append(of_speed("side by side", computing.measure("guard", one.batch, self.plan.seconds)))
+                for batch, clients in sorted(loads | {(1, MANY)}):
+                    with self._observed(f"batch {batch} from {clients} clients"):
+                        self._perf("side by side", batch, clients)
+        self.best = by_setting(choose(self.rows, "side by side", tool="perf_analyzer"))[0][0]
         if self.processes:
             self._perf("shared memory", self.best.batch, self.best.clients, shared_memory=True)
 
@@ -146,7 +162,7 @@ class Benchmark:
         """Label-only requests to the guard, and the same requests to the bare classifier, in turns."""
         models = {LABELS: self.target.guard, CLASSIFIER: self.target.classifier}
         for _ in range(self.plan.rounds):
-            for batch, clients in ((self.best.batch, self.best.clients), (1, MANY)):
+            for batch, clients in sorted({(self.best.batch, self.best.clients), (1, MANY)}):
                 for what, model in models.items():
                     traffic = Traffic(self._connect(model, (contract.LOGITS,)), batch)
                     found = self.load.closed([traffic], clients, self.plan.seconds)
@@ -183,22 +199,16 @@ class Benchmark:
 
     def against(self, names: Sequence[str], work: Path) -> None:
         """Peers, each in turns with this server, under the same load from the same generator."""
-        from noisec.benchmarks.throughput.compare import compare_peer, peers_named
+        from noisec.benchmarks.throughput.compare import compare_peer, noting, peers_named
 
         loads = {(1, 1), (1, MANY), (self.best.batch, self.best.clients)}
         for peer in peers_named(names):
-            with self._noting_absence(peer.name):
+            reasons: list[str] = []
+            with noting(reasons):
                 self.rows += compare_peer(
                     peer, work, self.target, self._both, self.load, sorted(loads), self.plan.seconds, self.plan.rounds
                 )
-
-    @contextmanager
-    def _noting_absence(self, peer: str) -> Iterator[None]:
-        try:
-            yield
-        except NoisecError as error:
-            self.result.absent[peer] = str(error)
-            console.print(f"  {peer}: not measured: {error}")
+            self.result.absent |= dict.fromkeys([peer.name] * len(reasons), "".join(reasons))
 
     def _rate(self, load: float) -> float:
         return load * middle(choose(self.rows, "side by side", tool="perf_analyzer", clients=MANY, batch=1))
@@ -251,7 +261,7 @@ def run_benchmark(repository: Path, guard: str, plan: Plan, work: Path, out: Pat
         benchmark = Benchmark(target, address, plan, perf, data, images, load, here=url is None)
         result = benchmark.run()
         benchmark.against(plan.peers, work / "peers")
-    summary = summary_of(result.rows, MANY)
+    summary = summary_of(result.rows)
     if out:
         facts = {**_facts(plan, images), "command": command, "seconds": round(time.monotonic() - start)}
         write_results(guard, result, summary, facts, out)
@@ -269,11 +279,11 @@ def _serving(repository: Path, url: str | None) -> Iterator[str]:
             yield server.grpc_url
 
 
-def _facts(plan: Plan, images: Floats) -> dict[str, Any]:
+def _facts(plan: Plan, images: Pixels) -> dict[str, Any]:
     packages = ("onnxruntime", "nvidia-pytriton", "tritonclient", "numpy")
     return {
         "machine": f"{platform.machine()}, {cores()} cores, {platform.system()}; client, server and limit share it",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "images": f"{len(images)} different ones, {list(np.shape(images)[1:])} float32",
+        "images": f"{len(images)} different ones, {list(np.shape(images)[1:])} {images.dtype}",
         "each measurement": f"{plan.seconds:g} s; what is compared takes turns for {plan.rounds} rounds, and medians are compared",
     }

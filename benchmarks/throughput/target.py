@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from noisec import contract, manifest
+from noisec import manifest
 from noisec.builders.datasets import SOURCES
-from noisec.builders.images import Floats
-from noisec.builders.repository import passes_needed
 from noisec.builders.sources.faults import Faults
 from noisec.builders.spec import GuardSpec
+from noisec.clients.requests import Pixels
 from noisec.contract import stage_model
 
 IMAGES = 512
 """different images that the load is made of"""
+SHIPPED = {"fashion-mnist": "fashion-mnist-test"}
+"""sources part of which ships with the package -> that part"""
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,7 @@ class Target:
     repository: Path
     guard: str
     release: int
-    stages: dict[str, Path]
-    """network stage -> folder with its ``model.onnx``"""
-    passes: tuple[contract.Pass, ...]
-    noise_source: str
-    largest: int
-    """rows of the largest batch that its server takes"""
+    spec: GuardSpec
 
     @classmethod
     def open(cls, repository: Path, guard: str) -> Target:
@@ -39,9 +35,12 @@ class Target:
             NoisecError: the repository does not hold it.
         """
         content = manifest.read_manifest(repository, guard)
-        spec, release = GuardSpec.model_validate(content["spec"]), content["release"]
-        folders = {stage: repository / stage_model(guard, stage) / str(release) for stage in ("autoencoder", "classifier")}
-        return cls(repository, guard, release, folders, passes_needed(spec), spec.noise_source, spec.serving.max_batch_size)
+        return cls(repository, guard, content["release"], GuardSpec.model_validate(content["spec"]))
+
+    @property
+    def stages(self) -> dict[str, Path]:
+        """Network stage -> folder with its ``model.onnx``."""
+        return {stage: self._folder(stage) for stage in ("autoencoder", "classifier")}
 
     @property
     def classifier(self) -> str:
@@ -51,10 +50,17 @@ class Target:
     @property
     def scorer(self) -> Path:
         """The scorer's artefact."""
-        return self.repository / stage_model(self.guard, "scorer") / str(self.release) / "scorer.npz"
+        return self._folder("scorer") / "scorer.npz"
 
-    def images(self, cache: Path, count: int = IMAGES) -> Floats:
-        """Held-out images of the guard's own data, float32 [count, C, H, W]; Fashion-MNIST's test images ship with the package.
+    @property
+    def largest(self) -> int:
+        """Rows of the largest batch that its server takes."""
+        return self.spec.serving.max_batch_size
+
+    def images(self, cache: Path, count: int = IMAGES) -> Pixels:
+        """Held-out images of the guard's own data, [count, C, H, W], as it takes them: float32 in [0, 1], or uint8.
+
+        Fashion-MNIST's test images ship with the package, so its training images are not needed.
 
         Args:
             cache: folder for decoded images
@@ -62,11 +68,10 @@ class Target:
         Raises:
             NoisecError: the data is not there.
         """
-        spec = GuardSpec.model_validate(manifest.read_manifest(self.repository, self.guard)["spec"]).data
-        pools = SOURCES[SHIPPED.get(spec.source, spec.source)](spec, cache, Faults())
-        pool = pools.learn if pools.held_out is None else pools.held_out
-        return pool[:count].floats()
+        data = self.spec.data
+        pools = SOURCES[SHIPPED.get(data.source, data.source)](data, cache, Faults())
+        pool = (pools.learn if pools.held_out is None else pools.held_out)[:count]
+        return pool.pixels if self.spec.serving.input == "uint8" else pool.floats()
 
-
-SHIPPED = {"fashion-mnist": "fashion-mnist-test"}
-"""sources part of which ships with the package -> that part"""
+    def _folder(self, stage: str) -> Path:
+        return self.repository / stage_model(self.guard, stage) / str(self.release)
