@@ -28,6 +28,12 @@ Classify = Callable[[Tensor], Mapping[str, Tensor]]
 """images float32 [n, C, H, W] in [0, 1] -> LOGITS [n, classes] and PENULTIMATE [n, d], with gradients"""
 
 
+def placed(network: nn.Module) -> nn.Module:
+    """The module itself, moved to the computing device and into `LAYOUT`."""
+    moved: nn.Module = network.to(DEVICE, memory_format=LAYOUT)  # type: ignore[call-overload]
+    return moved
+
+
 def stamp(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """The BadNets trigger (Gu et al. 2017): a white 3x3 square, one pixel from the lower right corner.
 
@@ -151,7 +157,7 @@ def optimise(
     network: nn.Module, images: Images, loss: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, folder: Path, title: str
 ) -> None:
     """Train, keeping a checkpoint of every epoch in ``folder`` and going on from the one that an interrupted run left there."""
-    network.to(DEVICE, memory_format=LAYOUT)
+    placed(network)
     size = min(schedule.batch_size, len(images))
     steps = len(images) // size
     optimiser = torch.optim.AdamW(network.parameters(), lr=schedule.learning_rate, weight_decay=1e-3)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from noisec.builders.images import Images
-from noisec.builders.train import DEVICE, LAYOUT
+from noisec.builders.train import DEVICE, placed
 from noisec.errors import NoisecError
 
 FEWEST = 40
@@ -101,7 +101,7 @@ def logits_of(answer: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 def frozen(network: nn.Module) -> nn.Module:
     """A copy in evaluation mode, on the computing device, without gradients for its parameters: the caller's module is never touched."""
-    return copy.deepcopy(network).eval().requires_grad_(False).to(DEVICE, memory_format=LAYOUT)
+    return placed(copy.deepcopy(network).eval().requires_grad_(False))
 
 
 def tensors(images: Images) -> tuple[Tensor, Tensor]:

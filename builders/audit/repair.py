@@ -12,7 +12,7 @@ from noisec.builders.audit.checks import check, logits_of, pieces, tensors
 from noisec.builders.audit.neurons import adversarial_noise, noisy_logits
 from noisec.builders.images import Images
 from noisec.builders.progress import bar
-from noisec.builders.train import DEVICE, LAYOUT
+from noisec.builders.train import DEVICE, placed
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def repair(network: nn.Module, images: Images, classes: int, settings: RepairSet
     """
     settings = settings or RepairSettings()
     check(network, images, classes)
-    repaired = copy.deepcopy(network).to(DEVICE, memory_format=LAYOUT).train().requires_grad_(True)
+    repaired = placed(copy.deepcopy(network)).train().requires_grad_(True)
     optimiser = torch.optim.SGD(
         repaired.parameters(), lr=settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
     )
