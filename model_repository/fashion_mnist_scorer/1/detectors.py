@@ -44,7 +44,7 @@ class View:
     """Rows as one detector sees them."""
 
     activations: tuple[Floats, ...]
-    """one or two of [n, d]: one is taken as it is, of two the second is subtracted from the first"""
+    """one or two of [n, d]: one is taken as it is, of two the second is subtracted from the first; or the noise level alone, [n, 1]"""
     labels: Integers
     """[n], the class that the classifier gives the image"""
     head: Head
@@ -216,6 +216,17 @@ class HeadMutation:
         return result
 
 
+@dataclass(frozen=True)
+class ReconstructionError:
+    """What the autoencoder takes from an image, n = x - A(x) (MagNet, section 4.1). It needs no pass of the classifier, and finds what is
+    large and moves no features."""
+
+    def score(self, view: View) -> Floats:
+        """Root mean square, of pixels in [0, 1]."""
+        result: Floats = view.activations[0][:, 0]
+        return result
+
+
 def softmax(logits: Floats) -> Floats:
     """Along the last axis."""
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
@@ -247,6 +258,7 @@ STATISTICS: MappingProxyType[str, type] = MappingProxyType(
         "density": KernelDensity,
         "dimension": LocalDimension,
         "mutation": HeadMutation,
+        "reconstruction-error": ReconstructionError,
     }
 )
 """kind of a detector -> its statistic"""
