@@ -67,6 +67,7 @@ def test_the_guards_own_figures_are_as_its_stages_and_scorer_give_them(cells, su
     (won,) = [one for one in cells if (one.detector, one.protocol, one.attack) == ("default", "honest", "fgsm (successful)")]
     assert cell.auroc > 0.98
     assert cell.n_malicious == 150
+    assert cell.n_benign == 300, "clean images, and the same with natural noise"
     assert won.n_malicious == round(cell.success * 150)
     assert won.success == 1
     assert cell.joint_success <= 1 - cell.tpr_at_1pct + 0.05

@@ -22,6 +22,7 @@ from noisec.python_backend.scorer.detectors import View
 
 EPS = 0.05
 VIEWS = {"mixture": "noise", "class-gaussian": "image", "density": "noise", "dimension": "image", "mutation": "image"}
+VIEWS["reconstruction-error"] = "pixels"
 ROUNDING = 1e-5
 """a divergence below this is mostly float32 rounding, in NumPy as in torch"""
 
@@ -146,22 +147,18 @@ def test_adaptive_stays_within_its_bounds(images, adapted):
 
 
 def test_adaptive_beats_an_attacker_who_ignores_the_guard(subject, images, pgd, adapted):
-    blind, knowing = (ladder.joint_success(subject, pixels, images.labels) for pixels in (pgd, adapted))
-    assert blind["success"] > 0.7
-    assert knowing["joint_success"] > blind["joint_success"] + 0.1
+    (blind, unseen), (knowing, missed) = (wrong_and_missed(subject, pixels, images.labels) for pixels in (pgd, adapted))
+    assert blind > 0.7
+    assert unseen <= blind
+    assert missed <= knowing
+    assert missed > unseen + 0.1
 
 
-def test_joint_success_counts_wrong_labels_without_an_alarm(subject, images, pgd):
-    found = ladder.joint_success(subject, pgd, images.labels)
-    logits, score, flagged = ladder.ask(subject, pgd)
-    wrong = logits.argmax(axis=1) != images.labels
-    assert found == {
-        "success": wrong.mean(),
-        "flagged": flagged.mean(),
-        "joint_success": (wrong & (score <= subject.scorer.threshold)).mean(),
-    }
-    assert 0 < found["flagged"] < 1
-    assert ladder.joint_success(subject, pgd, logits.argmax(axis=1))["joint_success"] == 0
+def wrong_and_missed(subject, pixels, labels):
+    """Shares of images that are mislabelled, and mislabelled without an alarm."""
+    logits, _, flagged = ladder.ask(subject, pixels)
+    wrong = logits.argmax(axis=1) != labels
+    return wrong.mean(), (wrong & ~flagged).mean()
 
 
 def test_adaptive_keeps_the_least_suspicious_mislabelled_step():

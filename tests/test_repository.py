@@ -13,7 +13,8 @@ from tritonclient.grpc import model_config_pb2
 
 from noisec import contract
 from noisec.builders.figures import percent
-from noisec.builders.repository import Widths, network_config
+from noisec.builders.repository import Widths, network_config, passes_needed
+from noisec.builders.spec import DetectorSpec
 from noisec.contract import stage_model
 from noisec.errors import NoisecError
 from noisec.manifest import manifest_path, read_manifest, releases, verify
@@ -131,6 +132,16 @@ def test_missing_guards_and_releases_are_named(copy):
         read_manifest(copy, GUARD, 7)
     assert manifest_path(copy, GUARD, 1).is_file()
     assert ROOT.joinpath("LICENSE").is_file()
+
+
+def test_the_reconstruction_error_costs_no_classifier_pass(spec):
+    chosen = (DetectorSpec(kind="reconstruction-error", view="pixels"), DetectorSpec(kind="logit-gaussian", view="delta"))
+    lighter = spec.model_copy(update={"detectors": chosen})
+    assert passes_needed(spec) == ("noise", "image", "reconstruction")
+    assert passes_needed(lighter) == ("image", "reconstruction")
+    assert chosen[0].inputs == (contract.NOISE_LEVEL,)
+    with pytest.raises(ValueError, match="kind 'mixture' has view 'noise'; view is 'pixels'"):
+        DetectorSpec(kind="mixture", view="pixels")
 
 
 def test_instances_and_queue_are_as_the_specification_says(spec):

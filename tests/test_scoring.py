@@ -22,7 +22,7 @@ from noisec.builders.calibrate import (
     fit_scale,
 )
 from noisec.errors import NoisecError
-from noisec.python_backend.scorer.detectors import Divergence, GaussianMixture, Head, LogitGaussian, View
+from noisec.python_backend.scorer.detectors import Divergence, GaussianMixture, Head, LogitGaussian, ReconstructionError, View
 from noisec.python_backend.scorer.scoring import Detector, Scorer, conformal_p_values, conformal_threshold
 
 
@@ -240,6 +240,18 @@ def test_the_change_in_logits_is_measured_from_the_predicted_class(vectors, head
     centred = change - fitted.means[view.labels]
     expected = np.einsum("nd,de,ne->n", centred, fitted.factor @ fitted.factor.T, centred)
     assert np.allclose(fitted.score(view), expected, rtol=1e-3)
+
+
+def test_the_reconstruction_error_is_the_noise_level_on_its_scale(vectors):
+    levels = np.abs(vectors[:, :1])
+    statistic = ReconstructionError()
+    scale = fit_scale(statistic.score(seen(levels)))
+    detector = Detector("pixels-reconstruction-error", "reconstruction-error", ("NOISE_LEVEL",), (statistic,), (scale,))
+    scorer = Scorer(3, 0.05, "fisher", np.empty(0, np.float32), NO_HEAD, (detector,), np.sort(scale(levels[:, 0])))
+    assert scorer.inputs == ("NOISE_LEVEL", "IN_RANGE")
+    verdict = scorer.verdict({"NOISE_LEVEL": levels, "IN_RANGE": np.ones_like(levels)})
+    assert (np.argsort(verdict.score, kind="stable") == np.argsort(levels[:, 0], kind="stable")).all()
+    assert 0.04 < verdict.is_malicious.mean() <= 0.05
 
 
 def test_each_row_is_scored_by_its_own_noise_level(vectors):

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from noisec import contract
-from noisec.benchmarks.detection.cells import share
 from noisec.benchmarks.detection.subject import Subject
 from noisec.benchmarks.detection.torchscore import Whole, compose
 from noisec.builders.build import build_autoencoder
@@ -347,12 +346,3 @@ def random_half(images: Images, seed: int) -> tuple[Images, Images]:
 
 
 # --- what they reach -----------------------------------------------------------------------------------------------------------------
-
-
-def joint_success(subject: Subject, pixels: Floats, labels: Labels) -> dict[str, float]:
-    """What the real stages and the real scorer say of attacked images: shares that are mislabelled, flagged, and mislabelled without an
-    alarm."""
-    tensors = subject.tensors(pixels, len(pixels), "asking the guard")
-    wrong: Bools = tensors[contract.LOGITS].argmax(axis=1) != labels
-    flagged = subject.scorer.verdict(tensors).is_malicious
-    return {"success": share(wrong), "flagged": share(flagged), "joint_success": share(wrong & ~flagged)}
