@@ -26,7 +26,7 @@ TARGET, SHARE, CLEAN_LABEL_SHARE = 0, 0.1, 0.05
 TRAINED_ON = 10000
 """training images that the supplier goes on training with"""
 SCHEDULE = Schedule(3, 128, 1e-3)
-GUIDED_EPOCHS = 2
+GUIDED_EPOCHS = 1
 """of a denoiser that the backdoored classifier guides, which therefore has to be trained anew"""
 
 

@@ -17,7 +17,7 @@ import torch
 from noisec.benchmarks.detection import ladder
 from noisec.benchmarks.detection.cells import Access, Cell, Protocol, detection, share
 from noisec.benchmarks.detection.panel import BASELINE_FIT, PUBLISHED, Calibrated, Sent, baselines, panel
-from noisec.benchmarks.detection.poisoned import SCHEDULE, TRAINED_ON, poisoned_guard
+from noisec.benchmarks.detection.poisoned import GUIDED_EPOCHS, SCHEDULE, TRAINED_ON, poisoned_guard
 from noisec.benchmarks.detection.report import write_results
 from noisec.benchmarks.detection.subject import Subject
 from noisec.benchmarks.detection.surrogate import surrogate
@@ -314,7 +314,8 @@ def run_benchmark(subject: Subject, plan: Plan, work: Path, out: Path, seed: int
         "sizes": vars(plan.sizes),
         "fit": len(subject.splits.fit),
         "calibrate": len(subject.splits.calibrate),
-        "backdoored classifiers": f"the guard's own, trained on for {SCHEDULE.epochs} epochs with {TRAINED_ON} partly poisoned images",
+        "backdoored classifiers": f"the guard's own, trained on for {SCHEDULE.epochs} epochs with {TRAINED_ON} partly poisoned images; "
+        f"a guided denoiser is trained anew for each, for {GUIDED_EPOCHS} epoch",
     }
     write_results(benchmark.cells, benchmark.scores, facts, out)
     console.print(f"{out}: {len(benchmark.cells)} cells")
