@@ -457,6 +457,8 @@ def throughput(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures as JSON; - for standard output.")] = None,
     peers: Annotated[str, typer.Option(help="Other servers, with commas: litserve, bentoml, mlserver, pytriton, ...; or none.")] = "none",
     soak: Annotated[float, typer.Option(help="Seconds at 80 % load in the end.", min=0)] = 0,
+    seconds: Annotated[float | None, typer.Option(help="Of each measurement; 3, and 1 with --quick.", min=0.2)] = None,
+    rounds: Annotated[int | None, typer.Option(help="In which what is compared takes turns; 5, and 3 with --quick.", min=1)] = None,
     work: Annotated[Path, typer.Option(help="Folder for decoded images and the environments of other servers.")] = Path("workbench"),
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for tables and plots.")] = Path("benchmarks/results/throughput"),
 ) -> None:
@@ -469,7 +471,9 @@ def throughput(
 
     from noisec.benchmarks.throughput.run import QUICK, Plan, run_benchmark
 
-    plan = replace(QUICK if quick else Plan(), peers=() if peers == "none" else _parts(peers), soak=soak)
+    plan = QUICK if quick else Plan()
+    plan = replace(plan, seconds=seconds or plan.seconds, rounds=rounds or plan.rounds, soak=soak)
+    plan = replace(plan, peers=() if peers == "none" else _parts(peers))
     summary = run_benchmark(repository, guard, plan, work, None if quick else out, url, _command())
     if json_file != Path("-"):
         _show(guard, ["", ""], [[name, _cell(value)] for name, value in summary.items() if name != "peers"])
