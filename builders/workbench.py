@@ -46,7 +46,7 @@ class Workbench:
         if (target / DONE).is_file():
             console.print(f"  {name}: unchanged, reused ({seconds_of(target):.0f} s saved)")
             return target
-        unfinished = target.with_suffix(".unfinished")
+        unfinished = target.with_name(f"{target.name}.unfinished")
         unfinished.mkdir(exist_ok=True)
         start = time.monotonic()
         make(unfinished)

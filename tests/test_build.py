@@ -279,6 +279,21 @@ def test_an_interrupted_step_is_not_taken_for_a_finished_one(tmp_path):
     assert len(runs) == 3
 
 
+def test_an_interrupted_step_leaves_nothing_to_another_one_of_its_kind(tmp_path):
+    from noisec.builders.workbench import Workbench
+
+    bench = Workbench(tmp_path)
+
+    def interrupted(folder: Path) -> None:
+        (folder / "half").write_text("")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.step("pgd-0.1", {"eps": 0.1}, interrupted)
+    done = bench.step("pgd-0.05", {"eps": 0.05}, lambda folder: (folder / "whole").touch())
+    assert sorted(path.name for path in done.iterdir()) == ["step.json", "whole"]
+
+
 def test_the_manifest_tells_what_the_guard_is_made_of(guard):
     content = read_manifest(guard.repository, "mine", 2)
     assert content["spec"]["detectors"] == [{"kind": "mixture", "view": "noise", "components": 2, "temperature": 1.0}]
