@@ -93,7 +93,7 @@ def test_rows_have_exactly_the_keys_that_were_agreed(rows):
 
 
 def test_classifiers_that_calibrate_or_tune_are_not_reported(found, rows, folder):
-    assert {row["seed"] for row in rows} == {0}
+    assert {row["seed"] for row in rows} == {zoo.FIRST_SEED}
     calibration = {model.recipe for model, _ in found[0].calibration}
     assert {recipe.seed for recipe in calibration} == {CALIBRATION_SEED + number for number in range(3)}
     assert not calibration & {model.recipe for model, _ in found[0].judged}

@@ -67,7 +67,7 @@ class Plan:
     """further clean seeds in each family, on which alone the thresholds are fitted"""
     epochs: int = 1
     cleansed: tuple[str, ...] = (CLEAN, "badnets")
-    """attacks whose first seed Neural Cleanse judges too; it is slow"""
+    """attacks whose first seed Neural Cleanse judges too, in the first family; it is slow"""
     methods: Methods = field(default_factory=Methods)
 
     def recipes(self, family: str) -> list[Recipe]:
@@ -130,7 +130,8 @@ class Benchmark:
         methods = self.plan.methods
         recipe = model.recipe
         settings = {"ban": asdict(methods.ban), "ban-published": asdict(methods.published), "bti-dbf": asdict(methods.decoupling)}
-        with_cleanse = recipe.attack in self.plan.cleansed and recipe.seed == FIRST_SEED and recipe.role == "reported"
+        first = recipe.seed == FIRST_SEED and recipe.family == next(iter(FAMILIES))
+        with_cleanse = first and recipe.attack in self.plan.cleansed
         if with_cleanse:
             settings["neural-cleanse"] = asdict(methods.cleanse)
         inputs = {"model": self.zoo.key(recipe), "settings": settings, "audit images": len(self.data.audit), **self.machine}
