@@ -316,7 +316,7 @@ def repair(
     out: Annotated[Path, typer.Option("--out", "-o", help="New weights file; an existing one is not written over.")],
     work: Annotated[Path, typer.Option(help="Folder for finished steps, as of `noisec build`.")] = Path("workbench"),
     epochs: Annotated[int, typer.Option(help="Of fine-tuning on 5 % of the training images.", min=1)] = 25,
-    learning_rate: Annotated[float, typer.Option(help="The paper's is .005; small networks need more, such as .02.")] = 0.005,
+    learning_rate: Annotated[float, typer.Option(help="The paper's is .005; small networks need more, such as .05 or .1.")] = 0.005,
 ) -> None:
     """Fine-tune a backdoored classifier under neuron noise (BAN) and write the repaired weights; audit them again before they ship.
 
