@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from noisec.builders.audit.ban import AuditSettings, audit, balanced_halves, calibrate
+from noisec.builders.audit.ban import AuditSettings, Balanced, audit, balanced_halves, calibrate, checked_counts
 from noisec.builders.audit.baselines import CleanseSettings, DecouplingSettings, anomaly, bti_dbf, neural_cleanse
 from noisec.builders.audit.masks import SplitNetwork
 from noisec.builders.audit.measure import accuracy, attack_success
@@ -279,3 +279,13 @@ def test_measuring_leaves_the_mode_alone(sets):
     network = small().train()
     accuracy(network, sets[2][:50])
     assert network.training
+
+
+def test_counts_even_out_what_a_common_class_does_to_the_logits():
+    network, counts = nn.Linear(4, 3), np.array([80, 10, 10])
+    inputs = torch.randn(5, 4)
+    evened = Balanced(network, counts)(inputs)
+    np.testing.assert_allclose((network(inputs) - evened).detach().numpy(), np.tile(np.log(counts / 100), (5, 1)), rtol=1e-5)
+    for wrong in (np.array([1, 2]), np.array([1, 0, 2])):
+        with pytest.raises(NoisecError, match="above 0, of each of 3 classes"):
+            checked_counts(wrong, 3)

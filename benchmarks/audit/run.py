@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -137,7 +138,9 @@ class Benchmark:
         inputs = {"model": self.zoo.key(recipe), "settings": settings, "audit images": len(self.data.audit), **self.machine}
 
         def make(folder: Path) -> None:
-            found = gather(self.zoo.network(model), self.data.of(recipe.attack).audit, model.classes, methods, with_cleanse)
+            data = self.data.of(recipe.attack)
+            counts = np.bincount(data.train.labels, minlength=model.classes)
+            found = gather(self.zoo.network(model), data.audit, model.classes, counts, methods, with_cleanse)
             (folder / "evidence.json").write_text(json.dumps({name: asdict(one) for name, one in found.items()}))
 
         content = json.loads((self.bench.step(f"audit-{recipe.text}", inputs, make) / "evidence.json").read_text())
@@ -189,11 +192,14 @@ class Benchmark:
         return figures
 
 
-def gather(network: nn.Module, images: Images, classes: int, methods: Methods, with_cleanse: bool) -> dict[str, Evidence]:
-    """Method -> evidence; `with_cleanse` adds the slow one."""
+def gather(
+    network: nn.Module, images: Images, classes: int, counts: npt.NDArray[np.int64], methods: Methods, with_cleanse: bool
+) -> dict[str, Evidence]:
+    """Method -> evidence; `with_cleanse` adds the slow one. BAN with this project's settings is told how many clean training images of each
+    class there were."""
     _warm_up()
     found = {
-        "ban": audit(network, images, classes, methods.ban),
+        "ban": audit(network, images, classes, methods.ban, counts),
         "ban-published": audit(network, images, classes, methods.published),
         "bti-dbf": bti_dbf(network, images, classes, methods.decoupling),
     }

@@ -19,12 +19,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from noisec.builders.audit.checks import check, frozen, pieces, tensors
+from noisec.builders.audit.checks import check, frozen, logits_of, pieces, tensors
 from noisec.builders.audit.evidence import Evidence
 from noisec.builders.audit.masks import SplitNetwork, feature_mask
 from noisec.builders.audit.neurons import CHUNK, adversarial_noise, batch_statistics, perturbed, replaced_logits
 from noisec.builders.images import Images
 from noisec.builders.progress import bar
+from noisec.builders.train import DEVICE
 from noisec.errors import NoisecError
 
 MARGIN = 0.02
@@ -57,20 +58,47 @@ class AuditSettings:
     """score above which a classifier is called backdoored; `calibrate` gives one for a known false-alarm rate"""
 
 
-def audit(network: nn.Module, images: Images, classes: int, settings: AuditSettings | None = None) -> Evidence:
+class Balanced(nn.Module):
+    """A classifier as if every class had been equally common in training (logit adjustment, Menon et al. 2021, section 4.1).
+
+    Args:
+        counts: training images of each class, above 0: [classes]
+    """
+
+    def __init__(self, network: nn.Module, counts: npt.NDArray[np.int64]) -> None:
+        super().__init__()
+        self.network = network
+        self.shift: Tensor
+        self.register_buffer("shift", torch.from_numpy(np.log(counts / counts.sum()).astype(np.float32)).to(DEVICE))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """float32 [n, C, H, W] -> logits [n, classes]"""
+        logits: Tensor = logits_of(self.network(images)) - self.shift
+        return logits
+
+
+def audit(
+    network: nn.Module,
+    images: Images,
+    classes: int,
+    settings: AuditSettings | None = None,
+    counts: npt.NDArray[np.int64] | None = None,
+) -> Evidence:
     """Look for a backdoor in a classifier. It is not changed.
 
     Args:
         network: images float32 [n, C, H, W] in [0, 1] -> logits [n, classes], or a tuple that begins with them
         images: clean and labelled; ``settings.samples`` of them are used at a time, half to find noise and mask, half to judge
+        counts: training images of each class, int [classes], where they are known: a classifier of unbalanced data fails towards its
+            commonest class, as a backdoored one does towards its target, unless its logits are evened out first
 
     Raises:
-        NoisecError: images or network cannot be audited (`noisec.builders.audit.checks`).
+        NoisecError: counts, images or network cannot be audited (`noisec.builders.audit.checks`).
     """
     settings = settings or AuditSettings()
     started = time.perf_counter()
     check(network, images, classes)
-    copied = frozen(network)
+    copied = frozen(network if counts is None else Balanced(network, checked_counts(counts, classes)))
     with bar("auditing", settings.repeats) as shown:
         rounds = []
         for number in range(settings.repeats):
@@ -92,6 +120,17 @@ def audit(network: nn.Module, images: Images, classes: int, settings: AuditSetti
         loss=sum(nn.functional.cross_entropy(logits, labels).item() for logits, _, labels in rounds) / len(rounds),
         seconds=time.perf_counter() - started,
     )
+
+
+def checked_counts(counts: npt.NDArray[np.int64], classes: int) -> npt.NDArray[np.int64]:
+    """The training images of each class.
+
+    Raises:
+        NoisecError: there is not one number above 0 for each class.
+    """
+    if counts.shape != (classes,) or not (counts > 0).all():
+        raise NoisecError(f"audit: counts are {counts.tolist()}; give the number of training images, above 0, of each of {classes} classes")
+    return counts
 
 
 def _round(network: nn.Module, images: Images, settings: AuditSettings, seed: int) -> tuple[Tensor, Tensor, Tensor]:

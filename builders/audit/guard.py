@@ -29,17 +29,21 @@ REPAIR_SHARE = 0.05
 
 
 def audit_protected(spec: GuardSpec, splits: Splits, protected: Protected, bench: Workbench) -> Evidence:
-    """BAN's verdict on a guard's classifier, on its fit images, with which the classifier was not trained.
+    """BAN's verdict on a guard's classifier, on its fit images, with which the classifier was not trained. How common each class was in its
+    training is taken from the guard's training images.
 
     Raises:
         NoisecError: the classifier is an ONNX file, or cannot be audited (`noisec.builders.audit.checks`).
     """
     network = module_of(protected)
     settings = AuditSettings(seed=spec.seed)
-    inputs = {"weights": fingerprint(network), "settings": asdict(settings), "data": str(spec.data), "files": splits.digest}
+    counts = np.bincount(splits.train.labels, minlength=protected.classes)
+    known = counts if counts.all() else None
+    told = {"settings": asdict(settings), "counts": counts.tolist()}
+    inputs = {"weights": fingerprint(network), **told, "data": str(spec.data), "files": splits.digest}
 
     def make(folder: Path) -> None:
-        found = audit(network, splits.fit, protected.classes, settings)
+        found = audit(network, splits.fit, protected.classes, settings, known)
         (folder / "evidence.json").write_text(json.dumps(asdict(found)))
 
     content: dict[str, Any] = json.loads((bench.step("audit", inputs, make) / "evidence.json").read_text())
