@@ -262,13 +262,18 @@ def ratio(rows: Sequence[Row], method: str) -> float | None:
 def _repairs(found: Sequence[Found]) -> str:
     table = []
     for family in found:
-        settings = {f"this project's ({family.rate:g})": family.repaired, "as published": family.repaired_as_published}
+        settings = {f"this project's ({family.rate:g})": family.repaired, "the paper's": family.repaired_as_published}
         for title, repairs in settings.items():
             by_attack = {name: [one for one in repairs if one.model.recipe.attack == name] for name in ATTACKS}
             table += [[family.family, title, name, *_repair_means(chosen)] for name, chosen in by_attack.items() if chosen]
             table += [[family.family, title, "mean", *_repair_means(repairs)]] if repairs else []
     heads = ["architecture", "learning rate", "attack", "n", "accuracy before", "after", "attack success before", "after", "seconds"]
-    return "Means over seeds.\n\n" + markdown_table(heads, table) + "\n\n" + _rates(found)
+    return (
+        "The first seed of each backdoor; the paper's learning rate on the first backdoor.\n\n"
+        + markdown_table(heads, table)
+        + "\n\n"
+        + _rates(found)
+    )
 
 
 def _repair_means(repairs: Sequence[Repaired]) -> list[str]:

@@ -108,7 +108,7 @@ class Benchmark:
         models = [self._next(recipe) for recipe in self.plan.recipes(name)]
         judged = [(model, judged_at(self.judge(model), thresholds)) for model in models if model.took]
         rate, tried = self.choose_rate(name) if self.plan.attacks else (0.0, {})
-        bad = [model for model in models if model.recipe.backdoored and model.took]
+        bad = [model for model in models if model.recipe.backdoored and model.took and model.recipe.seed == FIRST_SEED]
         return Found(
             family=name,
             thresholds=thresholds,
