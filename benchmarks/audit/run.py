@@ -49,7 +49,7 @@ class Methods:
     ban: AuditSettings = field(default_factory=AuditSettings)
     published: AuditSettings = field(default_factory=lambda: AuditSettings(eps=0.3, steps=30, features="complement", repeats=1))
     decoupling: DecouplingSettings = field(default_factory=DecouplingSettings)
-    cleanse: CleanseSettings = field(default_factory=CleanseSettings)
+    cleanse: CleanseSettings = field(default_factory=lambda: CleanseSettings(steps=100))
     repair: RepairSettings = field(default_factory=lambda: RepairSettings(epochs=10))
 
 
