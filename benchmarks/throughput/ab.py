@@ -3,7 +3,7 @@
 An arm is ``name=REPOSITORY`` or ``name=REPOSITORY@SITE``; SITE is a folder with another version of the package, made from a checkout of it
 with ``pip install --no-deps --target SITE .``.
 
-Example: ``python -m noisec.benchmarks.throughput.ab fashion_mnist before=model_repository@/tmp/site after=model_repository``
+Example: ``python -m noisec.benchmarks.throughput.ab fashion_mnist before=model_repository@SITE after=model_repository``
 """
 
 from __future__ import annotations
