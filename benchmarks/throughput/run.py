@@ -263,7 +263,8 @@ def run_benchmark(repository: Path, guard: str, plan: Plan, work: Path, out: Pat
         benchmark.against(plan.peers, work / "peers")
     summary = summary_of(result.rows)
     if out:
-        facts = {**_facts(plan, images), "serving": target.spec.serving.model_dump(), "command": command, "seconds": round(time.monotonic() - start)}
+        told = {"serving": target.spec.serving.model_dump(), "command": command, "seconds": round(time.monotonic() - start)}
+        facts = {**_facts(plan, images), **told}
         write_results(guard, result, summary, facts, out)
         console.print(f"{out / guard}: {len(result.rows)} measurements")
     return summary
