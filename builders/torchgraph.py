@@ -74,6 +74,10 @@ def _slice(
     return tensor[tuple(chosen)]
 
 
+def _split(attributes: Mapping[str, Any], tensor: Tensor) -> tuple[Tensor, ...]:
+    return tensor.chunk(attributes["num_outputs"], attributes.get("axis", 0))
+
+
 def _pad(attributes: Mapping[str, Any], tensor: Tensor, pads: list[int], value: Tensor | None = None, axes: None = None) -> Tensor:
     sides = [side for axis in reversed(range(tensor.ndim)) for side in (pads[axis], pads[axis + tensor.ndim])]
     mode = {b"constant": "constant", b"edge": "replicate", b"reflect": "reflect"}[attributes.get("mode", b"constant")]
@@ -96,7 +100,7 @@ def _plain(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 TYPES = {TensorProto.FLOAT: torch.float32, TensorProto.FLOAT16: torch.float16, TensorProto.BOOL: torch.bool}
-OPERATIONS: dict[str, Callable[..., Tensor]] = {
+OPERATIONS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "Conv": _convolution,
     "ConvTranspose": _transposed_convolution,
     "MaxPool": _max_pool,
@@ -106,6 +110,7 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "GlobalAveragePool": lambda attributes, images: images.mean(dim=(2, 3), keepdim=True),
     "Identity": lambda attributes, tensor: tensor,
     "Slice": _slice,
+    "Split": _split,
     "Pad": _pad,
     "Reshape": _reshape,
     "Flatten": _flatten,
@@ -125,7 +130,7 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "LessOrEqual": _plain(torch.le),
     "And": _plain(torch.logical_and),
 }
-"""ONNX operation -> (attributes, *inputs) -> its first output; integer inputs are lists, so that no shape is read back from a GPU"""
+"""ONNX operation -> (attributes, *inputs) -> its first output, or all; integers are lists, so that no shape is read back from a GPU"""
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ class Step:
     kind: str
     attributes: dict[str, Any]
     inputs: tuple[str, ...]
-    output: str
+    outputs: tuple[str, ...]
 
 
 class TorchGraph:
@@ -159,7 +164,7 @@ class TorchGraph:
         self.outputs = tuple(str(value.name) for value in graph.output)
         self._half = half
         self._steps = [
-            Step(node.op_type, {a.name: helper.get_attribute_value(a) for a in node.attribute}, tuple(node.input), node.output[0])
+            Step(node.op_type, {a.name: helper.get_attribute_value(a) for a in node.attribute}, tuple(node.input), tuple(node.output))
             for node in graph.node
         ]
         lowered = {name for step in self._steps if half and step.kind in LOWERED for name in step.inputs[1:]}
@@ -177,7 +182,8 @@ class TorchGraph:
         values = {**self._constants, contract.IMAGE: images}
         for step in self._steps:
             inputs = [self._cast(step.kind, values[name]) for name in step.inputs]
-            values[step.output] = OPERATIONS[step.kind](step.attributes, *inputs)
+            made = OPERATIONS[step.kind](step.attributes, *inputs)
+            values |= zip(step.outputs, made if isinstance(made, tuple) else (made,), strict=False)  # what a graph leaves out has no name
         return tuple(values[name].float() for name in self.outputs)
 
     def named(self, images: Tensor) -> dict[str, Tensor]:

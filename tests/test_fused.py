@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 import tritonclient.grpc as triton_grpc
 from conftest import GUARD, REPOSITORY
 from onnx import helper
@@ -19,6 +20,7 @@ from noisec.builders.recalibrate import stage_folders
 from noisec.builders.repository import read_config
 from noisec.builders.spec import GuardSpec, ServingSpec
 from noisec.builders.stages import StageRunner, in_process
+from noisec.builders.torchgraph import TorchGraph
 from noisec.clients import GuardClient
 from noisec.errors import NoisecError
 from noisec.python_backend.runtimes.onnxruntime.session import open_session
@@ -124,6 +126,18 @@ def test_builders_get_the_same_tensors_from_every_layout(name, pixels, request):
     assert tensors[0].keys() == tensors[1].keys()
     for key, wanted in tensors[0].items():
         np.testing.assert_allclose(tensors[1][key], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_flow_through_a_fused_stage(fused, pixels):
+    stage = stage_folders(fused, GUARD, 1)["autoencoder"] / "model.onnx"
+    images = torch.from_numpy(pixels[:8]).requires_grad_(True)
+    answers = TorchGraph(stage).named(images)
+    session = open_session(stage)
+    wanted = [output.name for output in session.get_outputs()]
+    for name, expected in zip(wanted, session.run(wanted, {contract.IMAGE: pixels[:8]}), strict=True):
+        np.testing.assert_allclose(answers[name].detach().numpy(), expected, rtol=1e-3, atol=1e-4)
+    (slope,) = torch.autograd.grad(answers[contract.PASSES["noise"]].square().sum(), images)
+    assert (slope.flatten(1).abs().amax(dim=1) > 0).all()
 
 
 def test_a_stage_of_bytes_takes_no_noise(bytewise, pixels):
