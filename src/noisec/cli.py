@@ -434,7 +434,9 @@ def audit_zoo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for tables and plot.")] = Path("benchmarks/results/audit"),
     seeds: Annotated[int, typer.Option(help="Clean classifiers in each family; of each backdoor two thirds as many.", min=1)] = 3,
     epochs: Annotated[int, typer.Option(help="Of each classifier's training.", min=1)] = 1,
-    only: Annotated[str | None, typer.Option(help="One family alone: resnet, vgg or densenet; a later run takes it over.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Families, with commas: resnet, vgg, densenet; a later run takes over what is done.")
+    ] = None,
 ) -> None:
     """Train clean and backdoored classifiers, and measure how well audits tell them apart and repairs mend them; resumable.
 
@@ -443,7 +445,7 @@ def audit_zoo(
     from noisec.benchmarks.audit.families import FAMILIES
     from noisec.benchmarks.audit.run import Plan, run_benchmark
 
-    families = (only,) if only else tuple(FAMILIES)
+    families = _parts(only) if only else tuple(FAMILIES)
     plan = Plan(families, clean=seeds, backdoored=max(1, round(seeds * 2 / 3)), epochs=epochs)
     run_benchmark(plan, work, out, _command())
 
