@@ -27,9 +27,17 @@ def commands(start: str) -> list[list[str]]:
 
 
 def test_every_command_of_the_readme_is_covered_here():
-    known = ("noisec inspect", "make demo", "noisec serve", "noisec classify", "noisec build", "noisec verify", "docker run")
+    known = ("noisec inspect", "make demo", "noisec serve", "noisec classify", "noisec build", "noisec verify", "noisec tune", "docker run")
     assert [command for command in COMMANDS if not command.removeprefix(".venv/bin/").startswith(known)] == []
     assert {name for name in known if commands(name)} == set(known)
+
+
+def test_tuned_settings_are_written_beside_the_guard(tmp_path):
+    (command,) = commands("noisec tune")
+    command[command.index("model_repository")] = str(ROOT / "model_repository")
+    done = subprocess.run([*NOISEC, *command[1:], "--seconds", "4"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    subprocess.run([*NOISEC, "verify", "tuned"], cwd=tmp_path, check=True)
 
 
 def test_the_make_targets_exist():

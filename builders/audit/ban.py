@@ -55,8 +55,9 @@ class AuditSettings:
     seed: int = 0
     repeats: int = 6
     """audits with different samples and noise, whose histograms are averaged"""
-    threshold: float = 0.2
-    """score above which a classifier is called backdoored; `calibrate` gives one for a known false-alarm rate"""
+    threshold: float = 0.28
+    """score above which a classifier is called backdoored: what `calibrate` gave for clean small classifiers of two families, five each, at a
+    nominal false-alarm rate of 5 %; for others it has to be fitted again"""
 
 
 class Balanced(nn.Module):
