@@ -56,8 +56,8 @@ class AuditSettings:
     repeats: int = 6
     """audits with different samples and noise, whose histograms are averaged"""
     threshold: float = 0.28
-    """score above which a classifier is called backdoored: what `calibrate` gave for clean small classifiers of two families, five each, at a
-    nominal false-alarm rate of 5 %; for others it has to be fitted again"""
+    """score above which a classifier is called backdoored: what `calibrate` gave for clean small classifiers of two families, five
+    each, at a nominal false-alarm rate of 5 %; for others it has to be fitted again"""
 
 
 class Balanced(nn.Module):
