@@ -498,7 +498,7 @@ def demo(
     folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for the guard, the picture and the figures.")] = Path("demo"),
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
-    """Build a guard from scratch, serve it on a real Triton, attack it over gRPC and show what it catches (about 2 minutes on 2 cores).
+    """Build a guard from scratch, serve it on a real Triton, attack it over gRPC and show what it catches (2.5 minutes on 2 cores).
 
     Example: `noisec demo --json figures.json`
     """
