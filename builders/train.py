@@ -21,7 +21,7 @@ from noisec.builders.spec import AutoencoderSpec, BackdoorSpec, ClassifierSpec
 WEIGHTS, CHECKPOINT = "weights.pt", "checkpoint.pt"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAYOUT = torch.channels_last
-"""of images and weights while training: convolutions are a third faster in it, on CPUs and GPUs"""
+"""of images and weights while training: convolutions are a third faster in it on a CPU"""
 PATCH_SIDES = (2, 6)
 """smallest and one more than the largest side of a random patch, in pixels"""
 Classify = Callable[[Tensor], Mapping[str, Tensor]]

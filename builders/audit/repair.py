@@ -17,7 +17,7 @@ from noisec.builders.train import DEVICE, placed
 
 @dataclass(frozen=True)
 class RepairSettings:
-    """The paper's settings; they are meant for 5 % of the training data, clean."""
+    """The paper's settings, but that the learning rate falls; they are meant for 5 % of the training data, clean."""
 
     epochs: int = 25
     batch_size: int = 128

@@ -73,7 +73,8 @@ class Guard:
             "NOISE_PENULTIMATE": "NOISE_INPUT" if "NOISE_INPUT" in outputs else "NOISE",
             "RECONSTRUCTION_PENULTIMATE": "RECONSTRUCTION",
         }
-        self._passes = {name: source for name, source in sources.items() if name in self._scorer.inputs}
+        # what a fused autoencoder stage answers itself is not computed again
+        self._passes = {name: source for name, source in sources.items() if name in self._scorer.inputs and name not in outputs}
         self._wanted = [*self._passes.values(), *(name for name in self._scorer.inputs if name in outputs)]
         self.shape: tuple[int, int, int] = tuple(self._autoencoder.get_inputs()[0].shape[1:])
 
