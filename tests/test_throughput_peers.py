@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -19,6 +20,8 @@ from noisec.benchmarks.throughput.peers.environments import STAMP, prepare
 from noisec.benchmarks.throughput.peers.registry import LITSERVE, PEERS, PYTRITON, describe_classifier
 from noisec.benchmarks.throughput.peers.running import check, running
 from noisec.benchmarks.throughput.peers.servers.compute import ANSWERS, Guard, columns, encode
+from noisec.builders.layout import rearrange
+from noisec.builders.spec import ServingSpec
 from noisec.errors import NoisecError
 
 SCORE_DIFFERENCE = 1e-2
@@ -57,6 +60,15 @@ def assert_same(answers, expected):
 
 def test_what_every_peer_computes_is_what_this_server_answers(computing, images, served):
     assert_same(computing(images), served)
+
+
+def test_a_peer_of_a_fused_guard_makes_no_pass_twice(computing, images, served, tmp_path):
+    rearrange(REPOSITORY, GUARD, ServingSpec(layout="fused"), tmp_path)
+    fused, seen = Guard(tmp_path, GUARD), []
+    run = fused._classifier.run
+    fused._classifier = SimpleNamespace(run=lambda outputs, inputs: seen.append(len(inputs["IMAGE"])) or run(outputs, inputs))
+    assert_same(fused(images), served)
+    assert seen == [len(images)], "the noise and the reconstruction are the autoencoder stage's"
 
 
 def test_requests_joined_by_a_peer_keep_their_own_answers(computing, images, served):

@@ -263,7 +263,7 @@ def _facts(benchmark: Benchmark, found: Sequence[Found], command: str, seconds: 
         "data": f"{data.name}: {len(data.train):,} to train on, {len(data.audit):,} for audits, {len(data.test):,} to measure with",
         "seeds": f"clean from {FIRST_SEED}, each backdoor from {FIRST_SEED}, calibration from {CALIBRATION_SEED}, "
         f"repair's learning rate {TUNING_SEED}",
-        "training": f"{plan.epochs} epochs; {zoo.trained} classifiers trained in this run, the others taken from earlier ones",
+        "training": f"{plan.epochs} epochs, bfloat16; {zoo.trained} classifiers trained in this run, the others taken from earlier ones",
         "machine": f"{platform.machine()}, {device}, {torch.get_num_threads()} threads, {platform.system()}",
         "versions": {**versions(), "torch": torch.__version__},
         "seconds of this run": seconds,
