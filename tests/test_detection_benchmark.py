@@ -10,7 +10,7 @@ from conftest import GUARD, REPOSITORY
 
 from noisec import contract
 from noisec.benchmarks.detection import run
-from noisec.benchmarks.detection.panel import ALONE, PUBLISHED
+from noisec.benchmarks.detection.panel import ALONE, LEAKED, PUBLISHED
 from noisec.benchmarks.detection.run import Benchmark, Plan, Sizes, right_ones, run_benchmark, shuffled_noise
 from noisec.benchmarks.detection.subject import Subject
 from noisec.builders.images import Splits, cut
@@ -55,10 +55,10 @@ def test_benign_and_attacked_images_are_disjoint_and_only_right_ones_are_attacke
     assert len(right_ones(subject, subject.splits.report)) < len(subject.splits.report)
 
 
-def test_every_detector_is_measured_under_the_honest_protocol_and_two_under_the_published(cells):
+def test_every_detector_is_measured_under_the_honest_protocol_and_three_under_the_published(cells):
     honest = {cell.detector for cell in cells if cell.protocol == "honest" and cell.attack == "fgsm"}
     assert honest >= {"default", PUBLISHED, "MagNet", *ALONE}
-    assert {cell.detector for cell in cells if cell.protocol == "published"} == {"default", PUBLISHED}
+    assert {cell.detector for cell in cells if cell.protocol == "published"} == {"default", PUBLISHED, LEAKED}
     assert {cell.attack for cell in cells} == {"fgsm", "fgsm (successful)"}
 
 
@@ -72,6 +72,12 @@ def test_the_guards_own_figures_are_as_its_stages_and_scorer_give_them(cells, su
     assert won.success == 1
     assert cell.joint_success <= 1 - cell.tpr_at_1pct + 0.05
     assert cell.fpr < 0.06
+
+
+def test_a_mixture_fitted_on_the_tested_images_calls_most_others_unnatural(cells):
+    (cell,) = [one for one in cells if one.detector == LEAKED]
+    assert cell.n_benign == cell.n_malicious == 100, "whole groups alone"
+    assert cell.fpr > 0.3
 
 
 def test_a_second_run_takes_the_attacks_from_the_first(cells, subject, work, monkeypatch):

@@ -15,7 +15,9 @@ from noisec.errors import NoisecError
 
 PROTOCOLS = """Two protocols, never mixed. *Honest*: benign is clean images and the same with natural noise, none of which the guard was
 fitted or calibrated on; rows marked "(successful)" count only attacks that got the label they wanted. *Published*: benign is the clean
-image plus the attack's own noise with its pixels shuffled, and attacks that failed count as positives, as in the paper. The paper's
+image plus the attack's own noise with its pixels shuffled, and attacks that failed count as positives, as in the paper. The detector
+"fitted on the tested images" repeats the paper's fit as well: one mixture on five noisy copies of each of a hundred images, which are
+then tested (means over groups of a hundred); its false alarms on other images show what that is worth. The paper's
 figures are from arXiv 2406.13073. FPR is realised on clean images at a nominal 1 %. ± is the standard deviation over seeds."""
 
 

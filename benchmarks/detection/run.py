@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,18 @@ import torch
 
 from noisec.benchmarks.detection import ladder
 from noisec.benchmarks.detection.cells import Access, Cell, Protocol, detection, share
-from noisec.benchmarks.detection.panel import BASELINE_FIT, PUBLISHED, Calibrated, Sent, baselines, panel
+from noisec.benchmarks.detection.panel import (
+    BASELINE_FIT,
+    LEAKED,
+    LEAKED_COPIES,
+    LEAKED_IMAGES,
+    PUBLISHED,
+    Calibrated,
+    Sent,
+    baselines,
+    leaked,
+    panel,
+)
 from noisec.benchmarks.detection.poisoned import GUIDED_EPOCHS, SCHEDULE, TRAINED_ON, poisoned_guard
 from noisec.benchmarks.detection.report import write_results
 from noisec.benchmarks.detection.subject import Subject
@@ -31,6 +42,8 @@ from noisec.builders.workbench import Workbench
 SLOW = ("cw", "deepfool", "autoattack", "hopskipjump")
 """methods that attack fewer images"""
 NOISY_SEED = 11
+AVERAGED = ("auroc", "tpr_at_1pct", "tpr_at_5pct", "fpr", "fpr_natural_noise", "success", "joint_success")
+"""figures of a cell that stand for several groups of images as their mean"""
 
 
 @dataclass(frozen=True)
@@ -83,7 +96,7 @@ class Benchmark:
         """what attacks on the classifier alone depend on: they outlive another denoiser"""
         self.cells: list[Cell] = []
         self.scores: dict[tuple[str, str], dict[str, Floats]] = {}
-        self.known: dict[tuple[str, int], tuple[Sent, Floats]] = {}
+        self.known: dict[tuple[Calibrated, int], tuple[Sent, Floats]] = {}
         size = plan.sizes.images
         order = np.random.default_rng(seed).permutation(len(subject.splits.report))
         self.benign = subject.splits.report[order[: len(order) // 2][:size]]
@@ -152,13 +165,39 @@ class Benchmark:
         shuffled = self.send(shuffled_noise(images.floats(), made.pixels, self.seed), f"{spec.name}, shuffled")
         for name in ("default", PUBLISHED):
             self._cell(name, detectors[name], "published", "white-box", spec.method, spec.eps, sent, won, benign=shuffled)
+        if len(images) >= LEAKED_IMAGES:
+            self.leak(spec, sent, shuffled, won)
+
+    @cached_property
+    def leaks(self) -> list[Calibrated]:
+        """The paper's fit, on the attacked images themselves, a hundred at a time."""
+        images, deviation = self.targets.floats(), self.subject.spec.natural_noise_sd
+        generator = np.random.default_rng(self.seed)
+        found = []
+        for group in _groups(len(images)):
+            copies = np.repeat(images[group], LEAKED_COPIES, axis=0)
+            noisy = np.clip(copies + deviation * generator.standard_normal(copies.shape), 0, 1).astype(np.float32)
+            found.append(leaked(self.send(noisy, "copies of tested images").tensors[contract.PASSES["noise"]]))
+        return found
+
+    def leak(self, spec: AttackSpec, sent: Sent, shuffled: Sent, won: npt.NDArray[np.bool_]) -> None:
+        """The paper's experiment with its leak: figures are means over groups of images, each with a mixture of its own."""
+        cells = [
+            self._measured(
+                *(LEAKED, detector, "published", "white-box", spec.method, spec.eps),
+                *(_part(sent, group), won[group], _part(shuffled, group)),
+            )
+            for group, detector in zip(_groups(len(won)), self.leaks, strict=False)
+        ]
+        means = {name: float(np.mean([getattr(cell, name) for cell in cells])) for name in AVERAGED}
+        self.cells.append(replace(cells[0], **means, n_benign=len(cells) * LEAKED_IMAGES, n_malicious=len(cells) * LEAKED_IMAGES))
 
     def honest(self, access: Access, spec: AttackSpec, sent: Sent, won: npt.NDArray[np.bool_], detectors: Mapping[str, Calibrated]) -> None:
         """All attacks, and in a cell of their own those that succeeded."""
+        succeeded = _part(sent, won)
         for name, detector in detectors.items():
             self._cell(name, detector, "honest", access, spec.method, spec.eps, sent, won)
-            chosen = Sent(sent.pixels[won], {key: value[won] for key, value in sent.tensors.items()})
-            self._cell(name, detector, "honest", access, f"{spec.method} (successful)", spec.eps, chosen, won[won])
+            self._cell(name, detector, "honest", access, f"{spec.method} (successful)", spec.eps, succeeded, won[won])
 
     def replayed(self, spec: AttackSpec, detectors: Mapping[str, Calibrated]) -> None:
         """An attack on a smaller classifier that the attacker trained, replayed (NoiSec's black-box setting)."""
@@ -223,17 +262,20 @@ class Benchmark:
         pixels = triggered(self.targets.pixels[chosen]).astype(np.float32) / 255
         sent = other.send(pixels, trigger)
         won = sent.labels == target
+        succeeded = _part(sent, won)
         for name, detector in other.detectors(backdoors=True).items():
             other._cell(name, detector, "honest", "backdoor", trigger, 0.0, sent, won)
-            hit = Sent(sent.pixels[won], {key: value[won] for key, value in sent.tensors.items()})
-            other._cell(name, detector, "honest", "backdoor", f"{trigger} (successful)", 0.0, hit, won[won])
+            other._cell(name, detector, "honest", "backdoor", f"{trigger} (successful)", 0.0, succeeded, won[won])
         self.cells += [replace(cell, guard=self.subject.name) for cell in other.cells]
 
     def _keep(self, name: str, detectors: Mapping[str, Calibrated], sent: Sent) -> None:
         found = {one: detectors[one].score(sent) for one in ("default", PUBLISHED) if one in detectors}
         self.scores[self.subject.name, name] = found
 
-    def _cell(
+    def _cell(self, *args: Any, **kwargs: Any) -> None:
+        self.cells.append(self._measured(*args, **kwargs))
+
+    def _measured(
         self,
         name: str,
         detector: Calibrated,
@@ -245,36 +287,43 @@ class Benchmark:
         won: npt.NDArray[np.bool_],
         benign: Sent | None = None,
         note: str = "",
-    ) -> None:
-        harmless, scores = self._score(name, detector, benign or self.harmless), self._score(name, detector, sent)
+    ) -> Cell:
+        harmless, scores = self._score(detector, benign or self.harmless), self._score(detector, sent)
         flagged = ~(scores <= detector.threshold)
-        self.cells.append(
-            Cell(
-                dataset=self.subject.spec.data.source,
-                guard=self.subject.name,
-                detector=name,
-                protocol=protocol,
-                access=access,
-                attack=attack,
-                eps=eps,
-                success=share(won) if len(won) else 0.0,
-                **detection(harmless, scores),
-                fpr=share(~(self._score(name, detector, self.clean) <= detector.threshold)),
-                fpr_natural_noise=share(~(self._score(name, detector, self.noisy) <= detector.threshold)),
-                n_benign=len(harmless),
-                n_malicious=len(scores),
-                seed=self.seed,
-                joint_success=share(won & ~flagged) if len(won) else 0.0,
-                note=note,
-            )
+        return Cell(
+            dataset=self.subject.spec.data.source,
+            guard=self.subject.name,
+            detector=name,
+            protocol=protocol,
+            access=access,
+            attack=attack,
+            eps=eps,
+            success=share(won) if len(won) else 0.0,
+            **detection(harmless, scores),
+            fpr=share(~(self._score(detector, self.clean) <= detector.threshold)),
+            fpr_natural_noise=share(~(self._score(detector, self.noisy) <= detector.threshold)),
+            n_benign=len(harmless),
+            n_malicious=len(scores),
+            seed=self.seed,
+            joint_success=share(won & ~flagged) if len(won) else 0.0,
+            note=note,
         )
 
-    def _score(self, name: str, detector: Calibrated, sent: Sent) -> Floats:
+    def _score(self, detector: Calibrated, sent: Sent) -> Floats:
         """Scores of a set that several cells look at are computed once."""
-        key = (name, id(sent))
+        key = (detector, id(sent))
         if key not in self.known:
             self.known[key] = (sent, detector.score(sent))
         return self.known[key][1]
+
+
+def _part(sent: Sent, rows: slice | npt.NDArray[np.bool_]) -> Sent:
+    return Sent(sent.pixels[rows], {name: tensor[rows] for name, tensor in sent.tensors.items()})
+
+
+def _groups(count: int) -> list[slice]:
+    """As many images as the paper has, again and again; what is left over stays out."""
+    return [slice(start, start + LEAKED_IMAGES) for start in range(0, count - LEAKED_IMAGES + 1, LEAKED_IMAGES)]
 
 
 def joined_sent(first: Sent, second: Sent) -> Sent:
