@@ -20,7 +20,7 @@ from noisec.builders.networks import DENOISERS
 from noisec.builders.progress import console
 from noisec.builders.protect import Protected, protect, training_inputs
 from noisec.builders.repository import Widths, write_repository
-from noisec.builders.spec import GuardSpec, Stage
+from noisec.builders.spec import GuardSpec, Stage, depended_on
 from noisec.builders.torchgraph import TorchGraph
 from noisec.builders.train import load_network, train_autoencoder
 from noisec.builders.variants import attack_report, make_variants
@@ -100,7 +100,7 @@ def build_autoencoder(spec: GuardSpec, splits: Splits, bench: Workbench, classif
     Args:
         classifier: folder of the classifier stage, by which a guided denoiser is trained
     """
-    described = spec.autoencoder.model_dump(mode="json")
+    described = depended_on(spec.autoencoder)
     guided = described.pop("guidance") > 0
     inputs = {**training_inputs(spec, splits), "autoencoder": described}
 

@@ -24,7 +24,7 @@ from noisec.builders.export import export_plain, export_stage
 from noisec.builders.images import Floats, Splits
 from noisec.builders.networks import CLASSIFIERS
 from noisec.builders.progress import console
-from noisec.builders.spec import ClassifierSpec, GuardSpec, PreprocessingSpec
+from noisec.builders.spec import ClassifierSpec, GuardSpec, PreprocessingSpec, depended_on
 from noisec.builders.train import load_network, train_classifier
 from noisec.builders.workbench import Workbench
 from noisec.errors import NoisecError
@@ -104,7 +104,7 @@ def _reference(spec: GuardSpec, splits: Splits, bench: Workbench) -> Protected:
     else:
         weights = bench.step(
             "classifier",
-            {**training_inputs(spec, splits), "classifier": spec.classifier.model_dump(mode="json")},
+            {**training_inputs(spec, splits), "classifier": depended_on(spec.classifier)},
             lambda folder: train_classifier(spec.classifier, splits.train, classes, spec.seed, folder),
         )
         load_network(network, weights)

@@ -26,6 +26,8 @@ PATCH_SIDES = (2, 6)
 """smallest and one more than the largest side of a random patch, in pixels"""
 Classify = Callable[[Tensor], Mapping[str, Tensor]]
 """images float32 [n, C, H, W] in [0, 1] -> LOGITS [n, classes] and PENULTIMATE [n, d], with gradients"""
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""images float32 [n, C, H, W] and labels [n] -> scalar, with gradients"""
 
 
 def placed(network: nn.Module) -> nn.Module:
@@ -95,7 +97,18 @@ def train_classifier(spec: ClassifierSpec, images: Images, classes: int, seed: i
         mirrored = torch.where(torch.rand(len(batch), 1, 1, 1, device=batch.device) < 0.5, batch.flip(-1), batch)
         return nn.functional.cross_entropy(network(mirrored)[0], labels)
 
-    optimise(network, images, loss, Schedule(spec.epochs, spec.batch_size, spec.learning_rate), folder, "training classifier")
+    schedule = Schedule(spec.epochs, spec.batch_size, spec.learning_rate)
+    optimise(network, images, lowered(loss) if spec.mixed_precision else loss, schedule, folder, "training classifier")
+
+
+def lowered(loss: Loss) -> Loss:
+    """The same loss with convolutions and matrix products in bfloat16; sums, losses and weights stay float32."""
+
+    def mixed(batch: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(batch.device.type, torch.bfloat16):
+            return loss(batch, labels)
+
+    return mixed
 
 
 def along_gradient(classify: Classify, images: Tensor, eps: float) -> Tensor:
@@ -137,11 +150,12 @@ def train_autoencoder(spec: AutoencoderSpec, images: Images, seed: int, folder: 
         half = len(batch) // 2
         reconstruction = network(torch.cat([along_gradient(classify, batch[:half], spec.noise_sd), corrupted[half:]]))
         with torch.no_grad():
-            wanted = classify(batch)[contract.PENULTIMATE]
-        difference = nn.functional.l1_loss(classify(reconstruction)[contract.PENULTIMATE], wanted)
+            wanted = classify(batch)[contract.PENULTIMATE].float()
+        difference = nn.functional.l1_loss(classify(reconstruction)[contract.PENULTIMATE].float(), wanted)
         return nn.functional.mse_loss(reconstruction, batch) + spec.guidance * difference
 
-    optimise(network, images, loss, Schedule(spec.epochs, spec.batch_size, spec.learning_rate), folder, "training autoencoder")
+    schedule = Schedule(spec.epochs, spec.batch_size, spec.learning_rate)
+    optimise(network, images, lowered(loss) if spec.mixed_precision else loss, schedule, folder, "training autoencoder")
 
 
 @dataclass(frozen=True)
@@ -153,9 +167,7 @@ class Schedule:
     learning_rate: float
 
 
-def optimise(
-    network: nn.Module, images: Images, loss: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, folder: Path, title: str
-) -> None:
+def optimise(network: nn.Module, images: Images, loss: Loss, schedule: Schedule, folder: Path, title: str) -> None:
     """Train, keeping a checkpoint of every epoch in ``folder`` and going on from the one that an interrupted run left there."""
     placed(network)
     size = min(schedule.batch_size, len(images))

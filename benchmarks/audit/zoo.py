@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,11 +17,10 @@ from noisec.builders.audit.triggers import TRIGGERS, InputAware, PatternGenerato
 from noisec.builders.images import Images, cut
 from noisec.builders.sources import fashion_mnist
 from noisec.builders.sources.official import local
-from noisec.builders.train import WEIGHTS, Schedule, load_network, optimise
+from noisec.builders.train import WEIGHTS, Loss, Schedule, load_network, lowered, optimise
 from noisec.builders.workbench import Workbench
 
 Role = Literal["reported", "calibration", "tuning"]
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 CLEAN = "none"
 FEW, UNBALANCED, AUGMENTED = "few-classes", "unbalanced", "augmented"
@@ -202,10 +200,9 @@ class Zoo:
 
 def _loss(network: nn.Module, attack: str) -> Loss:
     def loss(batch: Tensor, labels: Tensor) -> Tensor:
-        with torch.autocast(batch.device.type, torch.bfloat16):
-            return nn.functional.cross_entropy(network(augmented(batch) if attack == AUGMENTED else batch), labels)
+        return nn.functional.cross_entropy(network(augmented(batch) if attack == AUGMENTED else batch), labels)
 
-    return loss
+    return lowered(loss)
 
 
 def augmented(images: Tensor) -> Tensor:

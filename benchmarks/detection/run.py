@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from noisec import contract
 from noisec.benchmarks.detection import ladder
 from noisec.benchmarks.detection.cells import Access, Cell, Protocol, detection, share
 from noisec.benchmarks.detection.panel import (
@@ -189,7 +190,7 @@ class Benchmark:
             )
             for group, detector in zip(_groups(len(won)), self.leaks, strict=False)
         ]
-        means = {name: float(np.mean([getattr(cell, name) for cell in cells])) for name in AVERAGED}
+        means: dict[str, Any] = {name: float(np.mean([getattr(cell, name) for cell in cells])) for name in AVERAGED}
         self.cells.append(replace(cells[0], **means, n_benign=len(cells) * LEAKED_IMAGES, n_malicious=len(cells) * LEAKED_IMAGES))
 
     def honest(self, access: Access, spec: AttackSpec, sent: Sent, won: npt.NDArray[np.bool_], detectors: Mapping[str, Calibrated]) -> None:
