@@ -35,7 +35,7 @@ or compiling the two stages.
 An attacker who holds the guard's own weights is not among these attacks, and is not stopped.
 
 ## Made of
-{audit}- autoencoder: `{autoencoder}`, trained on {train} clean images with noise of sd 0 to {noise_sd}{patches}
+{audit}- autoencoder: `{autoencoder}`, trained on {train} clean images with noise of sd 0 to {noise_sd}{patches}{guided}
 - detectors: {detectors}, fitted on {fit} clean images and calibrated on {calibrate} others,
   half of them with sensor noise of sd 0 to {natural}
 - {levels} noise level(s), runtime `{runtime}`, precision `{precision}`, seed {seed}
@@ -69,6 +69,9 @@ def write_card(
         autoencoder=spec.autoencoder.network,
         train=spec.data.train,
         noise_sd=spec.autoencoder.noise_sd,
+        guided=f"; half of it along the classifier's gradient, features weighted {spec.autoencoder.guidance:g}"
+        if spec.autoencoder.guidance
+        else "",
         patches=f", {percent(spec.autoencoder.patches, 0)} of them also with a random patch" if spec.autoencoder.patches else "",
         detectors=", ".join(f"`{detector.name}`" for detector in spec.detectors),
         fit=spec.data.fit,

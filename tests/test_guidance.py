@@ -53,6 +53,21 @@ def test_guided_training_brings_the_features_back_better_than_plain_training(cla
     assert left[0.02] < left[0.0]
 
 
+def test_mixed_precision_learns_as_much(classify, images, tmp_path):
+    torch.manual_seed(1)
+    moved = along_gradient(classify, images, EPS)
+    left = {}
+    for mixed in (False, True):
+        spec = AutoencoderSpec(network="unet-small", epochs=2, noise_sd=EPS, guidance=0.02, mixed_precision=mixed)
+        train_autoencoder(spec, fashion_mnist.load("t10k")[:2500], 0, tmp_path, classify)
+        denoiser = load_network(DENOISERS["unet-small"](images.shape[1:]), tmp_path)
+        assert all(weight.dtype == torch.float32 for weight in denoiser.parameters())
+        with torch.no_grad():
+            left[mixed] = float((denoiser(moved) - images).square().mean())
+    assert left[False] != left[True], "it made no difference: nothing ran in bfloat16"
+    assert left[True] < 1.2 * left[False] < 1.2 * float((moved - images).square().mean())
+
+
 def test_without_guidance_the_classifier_is_not_asked(tmp_path, report):
     def never(batch):
         raise AssertionError("asked")

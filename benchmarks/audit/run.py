@@ -50,7 +50,7 @@ class Methods:
     published: AuditSettings = field(default_factory=lambda: AuditSettings(eps=0.3, steps=30, features="complement", repeats=1))
     decoupling: DecouplingSettings = field(default_factory=DecouplingSettings)
     cleanse: CleanseSettings = field(default_factory=lambda: CleanseSettings(steps=100))
-    repair: RepairSettings = field(default_factory=lambda: RepairSettings(epochs=10))
+    repair: RepairSettings = field(default_factory=RepairSettings)
 
 
 @dataclass(frozen=True)
