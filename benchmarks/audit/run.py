@@ -130,7 +130,11 @@ class Benchmark:
         """Each method's evidence, all gathered one after the other on the same number of threads."""
         methods = self.plan.methods
         recipe = model.recipe
-        calibrated = {"ban": methods.ban, "ban-published": methods.published, "bti-dbf": methods.decoupling}
+        calibrated: dict[str, AuditSettings | DecouplingSettings] = {
+            "ban": methods.ban,
+            "ban-published": methods.published,
+            "bti-dbf": methods.decoupling,
+        }
         settings = {name: {key: value for key, value in asdict(one).items() if key != "threshold"} for name, one in calibrated.items()}
         first = recipe.seed == FIRST_SEED and recipe.family == next(iter(FAMILIES))
         with_cleanse = first and recipe.attack in self.plan.cleansed
