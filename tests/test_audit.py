@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from noisec.builders.audit.ban import AuditSettings, Balanced, audit, balanced_halves, calibrate, checked_counts
+from noisec.builders.audit.ban import AuditSettings, Balanced, audit, balanced_halves, calibrate, checked_counts, excess
 from noisec.builders.audit.baselines import CleanseSettings, DecouplingSettings, anomaly, bti_dbf, neural_cleanse
+from noisec.builders.audit.evidence import UNKNOWN, Evidence
 from noisec.builders.audit.masks import SplitNetwork
 from noisec.builders.audit.measure import accuracy, attack_success
 from noisec.builders.audit.neurons import adversarial_noise, noise_shapes, noisy_logits
+from noisec.builders.audit.reference import fit_reference, judged_by
 from noisec.builders.audit.repair import RepairSettings, repair
 from noisec.builders.audit.triggers import TRIGGERS, BadNets, LabelConsistent, poison
 from noisec.builders.images import Images, cut
@@ -22,6 +24,7 @@ from noisec.builders.sources import fashion_mnist
 from noisec.errors import NoisecError
 
 CLASSES, TARGET, EPOCHS, BATCH = 10, 3, 4, 64
+EVIDENCE = Evidence("ban", False, 0.1, 0.3, UNKNOWN, 0.2, 0.2, (), 1.0, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +236,28 @@ def test_a_threshold_is_the_conformal_quantile_or_a_fitted_bound():
             calibrate(wrong, 0.05)
     with pytest.raises(NoisecError, match="false_alarm"):
         calibrate(scores, 1.0)
+
+
+def test_a_target_that_chance_hides_stands_out_against_clean_classifiers():
+    random = np.random.default_rng(0)
+    usual = np.array([0.4, 0.3, 0.1, 0.1, 0.1])
+    clean = [one / one.sum() for one in usual * random.uniform(0.9, 1.1, (6, 5))]
+    reference = fit_reference([one.tolist() for one in clean[:5]], 0.05)
+    assert reference.threshold > max(reference.scores)
+
+    def verdict(shares):
+        return judged_by(replace(EVIDENCE, histogram=tuple(shares)), reference)
+
+    assert not verdict(clean[5]).backdoored
+    bad = verdict([0.35, 0.2, 0.05, 0.05, 0.35])
+    assert (bad.backdoored, bad.target, bad.reference) == (True, 4, reference.histogram)
+    assert max(excess([0.35, 0.2, 0.05, 0.05, 0.35])) < max(excess(clean[5].tolist())), "against chance the clean one looks worse"
+    with pytest.raises(NoisecError, match="at least 3"):
+        fit_reference([[0.5, 0.5], [0.4, 0.6]], 0.05)
+    with pytest.raises(NoisecError, match="2 and 3 classes"):
+        fit_reference([[0.5, 0.5], [0.4, 0.6], [0.2, 0.3, 0.5]], 0.05)
+    with pytest.raises(NoisecError, match="cannot be compared"):
+        judged_by(replace(EVIDENCE, histogram=(0.5, 0.5)), reference)
 
 
 @pytest.mark.parametrize("name", TRIGGERS)

@@ -85,7 +85,7 @@ def rows(found, folder):
 def test_rows_have_exactly_the_keys_that_were_agreed(rows):
     for row in rows:
         assert tuple(row) == (*KEYS, *(BEFORE if row["method"].startswith("repair") else ()))
-    assert {row["method"] for row in rows} == {"ban", "ban-published", "bti-dbf", "repair", "repair-published"}
+    assert {row["method"] for row in rows} == {"ban", "ban-chance", "ban-published", "bti-dbf", "repair", "repair-published"}
     repaired = [row for row in rows if row["method"] == "repair"]
     assert [row["attack"] for row in repaired] == ["badnets"]
     assert repaired[0]["attack_success_before"] >= zoo.TOOK
@@ -104,10 +104,12 @@ def test_classifiers_that_calibrate_or_tune_are_not_reported(found, rows, folder
 
 
 def test_verdicts_rest_on_the_calibrated_thresholds(found):
-    for _, methods in found[0].judged:
+    for model, methods in found[0].judged:
         for name, one in methods.items():
-            assert one.threshold == found[0].thresholds[name]
+            by_chance = name == "ban" and model.recipe.attack == zoo.FEW
+            assert one.threshold == found[0].thresholds["ban-chance" if by_chance else name]
             assert one.backdoored == (one.score > one.threshold)
+            assert bool(one.reference) == (name == "ban" and not by_chance)
     evidence = found[0].judged[0][1]["ban"]
     assert judged_at({"neural-cleanse": evidence}, {})["neural-cleanse"] == evidence
 
@@ -118,7 +120,7 @@ def test_a_backdoor_that_did_not_take_is_named_and_left_out(found, rows, folder)
     page = (folder / "out" / "README.md").read_text()
     assert f"- tiny-bpp-{zoo.FIRST_SEED}: attack success" in page
     assert "| FeatureRE | not implemented |" in page
-    assert (folder / "out" / "top-class-shares.png").is_file()
+    assert (folder / "out" / "scores.png").is_file()
 
 
 def test_every_goal_is_judged_and_a_small_zoo_does_not_meet_its_own(found, rows):

@@ -76,6 +76,22 @@ def test_the_exit_code_tells_a_backdoored_classifier(guards, tmp_path, name, cod
         assert found["target"] == TARGET
     with Image.open(tmp_path / "found.png") as picture:
         assert min(picture.size) > 300
+    likes = [word for _ in range(3) for word in ("--like", "clean.json")]
+    if code == 0:
+        (tmp_path / "found.json").rename(tmp_path / "clean.json")
+    else:
+        assert run("audit", guards["clean"], "--json", "clean.json", cwd=tmp_path).returncode == 0
+    compared = run("audit", guards[name], *likes, "--json", "-", cwd=tmp_path)
+    assert compared.returncode == code, compared.stderr
+    assert json.loads(compared.stdout)["reference"] == json.loads((tmp_path / "clean.json").read_text())["histogram"]
+
+
+def test_what_an_audit_is_compared_with_has_to_be_an_audits_evidence(guards, tmp_path):
+    (tmp_path / "other.json").write_text("[1, 2]")
+    for file in ("other.json", "missing.json"):
+        done = run("audit", guards["clean"], "--like", file, cwd=tmp_path)
+        assert done.returncode == 1
+        assert f"{file} holds no evidence of an audit" in done.stderr
 
 
 def test_a_repair_writes_new_weights_and_never_over_old_ones(guards, tmp_path):

@@ -18,11 +18,26 @@ from torch import nn
 
 from noisec.benchmarks.audit.families import FAMILIES
 from noisec.benchmarks.audit.report import Found, Repaired, write_results
-from noisec.benchmarks.audit.zoo import ATTACKS, CALIBRATION_SEED, CLEAN, FIRST_SEED, HARD, TUNING_SEED, Data, Model, Recipe, Zoo, load_data
+from noisec.benchmarks.audit.zoo import (
+    ATTACKS,
+    CALIBRATION_SEED,
+    CLEAN,
+    FEW,
+    FIRST_SEED,
+    HARD,
+    TUNING_SEED,
+    UNBALANCED,
+    Data,
+    Model,
+    Recipe,
+    Zoo,
+    load_data,
+)
 from noisec.builders.audit.ban import AuditSettings, audit, calibrate
 from noisec.builders.audit.baselines import CleanseSettings, DecouplingSettings, bti_dbf, neural_cleanse
 from noisec.builders.audit.evidence import Evidence
 from noisec.builders.audit.measure import accuracy, attack_success
+from noisec.builders.audit.reference import Reference, fit_reference, judged_by
 from noisec.builders.audit.repair import RepairSettings, repair
 from noisec.builders.build import versions
 from noisec.builders.images import Images
@@ -103,16 +118,20 @@ class Benchmark:
     def family(self, name: str) -> Found:
         """One family: thresholds from its calibration models first, then everything that is reported."""
         calibration = [(model, self.judge(model)) for model in map(self._next, self.plan.calibrating(name))]
-        methods = calibration[0][1]
-        thresholds = {method: calibrate([found[method].score for _, found in calibration], FALSE_ALARM) for method in methods}
+        reference = fit_reference([found["ban"].histogram for _, found in calibration], FALSE_ALARM)
+        compared = [
+            (model, {**found, "ban": replace(found["ban"], score=score)})
+            for (model, found), score in zip(calibration, reference.scores, strict=True)
+        ]
+        thresholds = {method: calibrate([found[method].score for _, found in compared], FALSE_ALARM) for method in compared[0][1]}
         models = [self._next(recipe) for recipe in self.plan.recipes(name)]
-        judged = [(model, judged_at(self.judge(model), thresholds)) for model in models if model.took]
+        judged = [(model, judged_at(against(self.judge(model), reference, model), thresholds)) for model in models if model.took]
         rate, tried = self.choose_rate(name) if self.plan.attacks else (0.0, {})
         bad = [model for model in models if model.recipe.backdoored and model.took and model.recipe.seed == FIRST_SEED]
         return Found(
             family=name,
             thresholds=thresholds,
-            calibration=tuple(calibration),
+            calibration=tuple(compared),
             judged=tuple(judged),
             not_taken=tuple(model for model in models if not model.took),
             rate=rate,
@@ -149,7 +168,8 @@ class Benchmark:
             (folder / "evidence.json").write_text(json.dumps({name: asdict(one) for name, one in found.items()}))
 
         content = json.loads((self.bench.step(f"audit-{recipe.text}", inputs, make) / "evidence.json").read_text())
-        return {name: _evidence(one) for name, one in content.items()}
+        found = {name: Evidence.of(one) for name, one in content.items()}
+        return {**found, "ban-chance": found["ban"]}
 
     def choose_rate(self, family: str) -> tuple[float, dict[str, dict[str, float]]]:
         """The repair's learning rate, chosen on a backdoored classifier that is not reported: of the rates that cost at most `MOST_LOST`
@@ -223,16 +243,20 @@ def _warm_up() -> None:
     bti_dbf(network, images, 10, DecouplingSettings(samples=80, mask_epochs=1, epochs=1))
 
 
+def against(found: Mapping[str, Evidence], reference: Reference, model: Model) -> dict[str, Evidence]:
+    """BAN's evidence against clean classifiers of the family, where they have the same classes in the same balance; else against chance."""
+    alike = model.recipe.attack not in (FEW, UNBALANCED)
+    return {**found, "ban": judged_by(found["ban"], reference)} if alike else dict(found)
+
+
 def judged_at(found: Mapping[str, Evidence], thresholds: Mapping[str, float]) -> dict[str, Evidence]:
-    """Evidence with the verdict at calibrated thresholds; a method without one keeps its own."""
-    return {
-        name: replace(one, threshold=thresholds[name], backdoored=one.score > thresholds[name]) if name in thresholds else one
-        for name, one in found.items()
-    }
+    """Evidence with the verdict at calibrated thresholds: BAN without a reference at that of chance, methods without one at their own."""
 
+    def at(name: str, one: Evidence) -> Evidence:
+        threshold = thresholds.get("ban-chance" if name == "ban" and not one.reference else name, one.threshold)
+        return replace(one, threshold=threshold, backdoored=one.score > threshold)
 
-def _evidence(content: dict[str, Any]) -> Evidence:
-    return Evidence(**{**content, "histogram": tuple(content["histogram"]), "norms": tuple(content["norms"])})
+    return {name: at(name, one) for name, one in found.items()}
 
 
 def check_plan(plan: Plan) -> None:

@@ -2,7 +2,8 @@
 
 Noise on the neurons that makes a clean network fail makes it fail in all directions; a backdoored one fails towards the backdoor's
 target. The published code shows a histogram of labels and leaves the verdict to the reader. Here the verdict is ``score > threshold``,
-the score being the share of held-out clean images with the commonest label, corrected for chance.
+the score being how far the share of held-out clean images with one label lies above chance, or above what clean classifiers of the
+same family give that label (`noisec.builders.audit.reference`).
 """
 
 from __future__ import annotations
@@ -108,15 +109,15 @@ def audit(
             shown.advance()
     noisy = torch.stack([label_shares(logits, classes) for logits, _, _ in rounds]).mean(0)
     quiet = torch.stack([label_shares(logits, classes) for _, logits, _ in rounds]).mean(0)
-    share = float(noisy.max())
-    score = above_chance(share, classes)
+    above = excess(noisy.tolist())
+    score = max(above)
     return Evidence(
         method="ban",
         backdoored=score > settings.threshold,
         score=score,
         threshold=settings.threshold,
-        target=int(noisy.argmax()),
-        top_class_share=share,
+        target=above.index(score),
+        top_class_share=float(noisy.max()),
         share_without_noise=float(quiet.max()),
         histogram=tuple(noisy.tolist()),
         loss=sum(nn.functional.cross_entropy(logits, labels).item() for logits, _, labels in rounds) / len(rounds),
@@ -159,9 +160,15 @@ def label_shares(logits: Tensor, classes: int) -> Tensor:
     return torch.bincount(logits.argmax(1).cpu(), minlength=classes).float() / len(logits)
 
 
-def above_chance(share: float, classes: int) -> float:
-    """A largest share corrected for the number of classes: 0 where all labels are equally common, 1 where there is only one."""
-    return (share - 1 / classes) / (1 - 1 / classes)
+def excess(shares: Sequence[float], expected: Sequence[float] | None = None) -> list[float]:
+    """How far each label's share lies above what clean classifiers give it: 0 where it does not, 1 where all images get the label.
+
+    Args:
+        shares: of the held-out images, of each label: [classes]
+        expected: the same of clean classifiers, each below 1; chance if left out
+    """
+    chance = [1 / len(shares)] * len(shares)
+    return [(share - usual) / (1 - usual) for share, usual in zip(shares, expected or chance, strict=True)]
 
 
 def balanced_halves(images: Images, samples: int, seed: int) -> tuple[Images, Images]:

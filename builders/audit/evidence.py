@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 UNKNOWN = -1
 """no class is suspected"""
@@ -17,7 +19,8 @@ class Evidence:
     backdoored: bool
     """the verdict: ``score > threshold``"""
     score: float
-    """what the verdict rests on: `top_class_share`, for BAN corrected for chance; for Neural Cleanse the anomaly index"""
+    """what the verdict rests on: for BAN the largest excess of the histogram over the reference, for BTI-DBF `top_class_share`, for Neural
+    Cleanse the anomaly index"""
     threshold: float
     target: int
     """the suspected target class, also where the verdict is clean; `UNKNOWN` where there is none"""
@@ -33,3 +36,11 @@ class Evidence:
     """wall-clock time of the whole audit"""
     norms: tuple[float, ...] = ()
     """Neural Cleanse: L1 norm of the inverted mask of each class, in pixels"""
+    reference: tuple[float, ...] = ()
+    """BAN: the histogram of clean classifiers that this one was compared with; empty where that was chance"""
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Evidence:
+        """The same as ``dataclasses.asdict`` gave it, or JSON made of that."""
+        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
+        return cls(**values)

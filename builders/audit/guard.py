@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -46,8 +45,19 @@ def audit_protected(spec: GuardSpec, splits: Splits, protected: Protected, bench
         found = audit(network, splits.fit, protected.classes, settings, known)
         (folder / "evidence.json").write_text(json.dumps(asdict(found)))
 
-    content: dict[str, Any] = json.loads((bench.step("audit", inputs, make) / "evidence.json").read_text())
-    return Evidence(**{**content, "histogram": tuple(content["histogram"]), "norms": tuple(content["norms"])})
+    return Evidence.of(json.loads((bench.step("audit", inputs, make) / "evidence.json").read_text()))
+
+
+def read_evidence(path: Path) -> Evidence:
+    """What an earlier audit wrote as JSON.
+
+    Raises:
+        NoisecError: the file is not there or holds something else.
+    """
+    try:
+        return Evidence.of(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise NoisecError(f"{path} holds no evidence of an audit (noisec audit GUARD.toml --json FILE): {error}") from error
 
 
 def module_of(protected: Protected) -> nn.Module:
@@ -84,10 +94,12 @@ def draw_audit(evidence: Evidence, class_names: tuple[str, ...], path: Path) -> 
     """Shares of the labels under neuron noise, and where the verdict turns."""
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
     shares = np.array(evidence.histogram)
+    expected = np.array(evidence.reference) if evidence.reference else np.full(len(shares), 1 / len(shares))
     colours = ["#b3261e" if evidence.backdoored and label == evidence.target else "#1f77b4" for label in range(len(shares))]
     axes.bar(range(len(shares)), shares, color=colours)
-    chance = 1 / len(shares)
-    axes.axhline(evidence.threshold * (1 - chance) + chance, color="black", linestyle="--", linewidth=1, label="threshold")
+    edges = np.arange(len(shares) + 1) - 0.5
+    bounds = evidence.threshold * (1 - expected) + expected
+    axes.stairs(bounds, edges, baseline=None, color="black", linestyle="--", linewidth=1, label="threshold")
     axes.set_xticks(range(len(shares)), class_names[: len(shares)], rotation=45, ha="right")
     axes.set_ylabel("share of labels under neuron noise")
     axes.set_title("backdoored" if evidence.backdoored else "no backdoor found")

@@ -283,15 +283,23 @@ def audit(
     work: Annotated[Path, typer.Option(help="Folder for finished steps, as of `noisec build`.")] = Path("workbench"),
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the evidence as JSON; - for standard output.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the labels under neuron noise into this picture.")] = None,
+    like: Annotated[
+        list[Path] | None,
+        typer.Option(help="Evidence (--json) of a clean classifier with the same classes and architecture; at least three calibrate."),
+    ] = None,
+    false_alarm: Annotated[float, typer.Option(help="With --like: share of clean classifiers that may be called backdoored.")] = 0.05,
 ) -> None:
     """Search a classifier for a backdoor (BAN) before it ships. Exit code 0: none found; 3: probably backdoored; 1: it cannot be audited.
 
     Example: `noisec audit builders/guards/demo.toml --plot audit.png`
+
+    Calibrated: `noisec audit guard.toml --like clean1.json --like clean2.json --like clean3.json`
     """
     _check_json(json_file)
     import dataclasses
 
-    from noisec.builders.audit.guard import audit_protected, draw_audit, said
+    from noisec.builders.audit.guard import audit_protected, draw_audit, read_evidence, said
+    from noisec.builders.audit.reference import fit_reference, judged_by
     from noisec.builders.datasets import load_splits
     from noisec.builders.protect import protect
     from noisec.builders.spec import read_spec
@@ -300,7 +308,10 @@ def audit(
     guard = read_spec(spec)
     bench = Workbench(work / guard.name)
     splits = load_splits(guard.data, guard.seed, cache=bench.folder / "images")
+    reference = fit_reference([read_evidence(path).histogram for path in like], false_alarm) if like else None
     evidence = audit_protected(guard, splits, protect(guard, splits, bench), bench)
+    if reference:
+        evidence = judged_by(evidence, reference)
     if plot:
         draw_audit(evidence, splits.class_names, plot)
     if json_file:
