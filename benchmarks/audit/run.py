@@ -52,7 +52,7 @@ REPAIR_SHARE = 0.05
 """of the training images: what the paper repairs with"""
 RATES = (0.05, 0.1)
 """learning rates of the repair from which one is chosen for each family"""
-MOST_LOST = 0.02
+MOST_LOST = 0.03
 """clean accuracy that the chosen rate may cost"""
 TUNING_ATTACK = "blend"
 
