@@ -119,7 +119,7 @@ class ClassifierSpec(Section):
     mirror: bool = False
     """train on mirrored images too; not for classes that a mirror turns into each other, such as digits or traffic signs"""
     mixed_precision: bool = False
-    """train with bfloat16 convolutions; weights stay float32. About twice as fast on processors and GPUs that have them, slower on others"""
+    """train with bfloat16 convolutions, weights stay float32: twice as fast on processors and GPUs that have them, slower on others"""
     backdoor: BackdoorSpec | None = None
 
     @property
