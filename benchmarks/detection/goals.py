@@ -20,6 +20,7 @@ from noisec.benchmarks.detection.rows import (
     figures_of,
     guards_of,
     means_of,
+    not_taken,
     ordered,
     over_seeds,
     paired,
@@ -105,8 +106,15 @@ def _strength(rows: Sequence[Row]) -> list[Judged]:
 
 
 def _backdoor_goals(rows: Sequence[Row]) -> list[Judged]:
-    found = each_backdoor(choose(rows, "honest", ("backdoor",), "default"))
-    return _mean_goals("honest protocol, backdoors", found, published.BACKDOORS, (0.95, 0.70))
+    """A backdoor that the classifier did not learn has next to no inputs that succeed: it is named, and counts nowhere."""
+    chosen = choose(rows, "honest", ("backdoor",), "default")
+    weak = not_taken(chosen)
+    found = {name: group for name, group in each_backdoor(chosen).items() if name not in weak}
+    judged = _mean_goals("honest protocol, backdoors", found, [name for name in published.BACKDOORS if name not in weak], (0.95, 0.70))
+    if not weak:
+        return judged
+    left = "; did not take: " + ", ".join(f"{name} (succeeds on {percent(share)})" for name, share in weak.items())
+    return [(text, figure + left, "not measured" if verdict == "met" else verdict) for text, figure, verdict in judged]
 
 
 def _mean_goals(text: str, found: Mapping[str, Sequence[Row]], wanted: Sequence[str], least: tuple[float, float]) -> list[Judged]:

@@ -22,6 +22,8 @@ UNPOISONED = ("white-box", "black-box", *LADDER)
 """accesses whose false alarms are the guard's own; a backdoor's are those of a guard around another classifier"""
 OPTIONAL = ("joint_success", "fpr_natural_noise", "note")
 """keys of a summary's row that are left out where there is nothing to say"""
+TOOK = 0.8
+"""attack success below which a classifier did not learn its backdoor"""
 DASH = "-"
 
 
@@ -157,6 +159,12 @@ def each_backdoor(rows: Iterable[Row]) -> dict[str, list[Row]]:
     for row in rows:
         found.setdefault(row.cell.attack.removesuffix(SUCCESSFUL), []).append(row)
     return {name: [row for row in group if row.cell.attack.endswith(SUCCESSFUL)] or group for name, group in found.items()}
+
+
+def not_taken(rows: Iterable[Row]) -> dict[str, float]:
+    """Backdoors that their classifier did not learn, and the share of the triggered images on which they succeed."""
+    success = {row.cell.attack: row.mean("success") or 0.0 for row in rows if not row.cell.attack.endswith(SUCCESSFUL)}
+    return {name: share for name, share in success.items() if share < TOOK}
 
 
 def values_of(rows: Iterable[Row], figure: str) -> list[float]:

@@ -11,6 +11,7 @@ from noisec.benchmarks.detection.cells import Cell
 from noisec.benchmarks.detection.rows import (
     DASH,
     LADDER,
+    TOOK,
     UNPOISONED,
     Paired,
     Row,
@@ -21,6 +22,7 @@ from noisec.benchmarks.detection.rows import (
     figures_of,
     guards_of,
     means_of,
+    not_taken,
     ordered,
     over_seeds,
     paired,
@@ -142,7 +144,8 @@ def _backdoors(rows: Sequence[Row]) -> str:
             paper = paper_of(row)
             shown = [row.share("success"), *_detected(row), row.share("fpr"), _images(row), DASH if paper is None else f"{paper:.2f}"]
             table.append([detector, row.cell.attack, *shown])
-        counted = figures_of(each_backdoor(chosen))
+        weak = not_taken(chosen)
+        counted = figures_of({name: group for name, group in each_backdoor(chosen).items() if name not in weak})
         if len(counted) > 1:
             values, mean = means_of(list(counted.values())), published.BACKDOOR_MEANS.get(published.paper_detector(detector))
             paper_mean = DASH if mean is None or chosen[0].cell.dataset != "cifar10" else three(mean)
@@ -151,7 +154,7 @@ def _backdoors(rows: Sequence[Row]) -> str:
         return ""
     text = (
         "Honest protocol. The paper's figures are for its own protocol with a ResNet-18, and its means are over BadNets, label-consistent "
-        "and WaNet; ours count the successful rows where there are any."
+        f"and WaNet; ours count the successful rows where there are any, of backdoors that succeed on at least {percent(TOOK, 0)}."
     )
     return f"{text}\n\n{markdown_table(heads, table)}"
 
