@@ -298,8 +298,8 @@ def _facts(benchmark: Benchmark, found: Sequence[Found], command: str, seconds: 
         "seconds of this run": seconds,
         "seconds of all finished steps": round(spent(benchmark.bench)),
         "nominal false-alarm rate": FALSE_ALARM,
-        "known beforehand": "BAN's settings were chosen while looking at four ResNets, two of which are reported; the comparison with clean "
-        "classifiers of the family and the repair's 25 epochs came after a first look at the zoo's verdicts",
+        "known beforehand": "BAN's settings were chosen while looking at four ResNets, two of which are reported; the comparison with "
+        "clean classifiers of the family and the repair's 25 epochs came after a first look at the zoo's verdicts",
         "settings": {name: asdict(one) for name, one in vars(plan.methods).items()},
     }
 
