@@ -124,8 +124,9 @@ def test_seeds_are_one_row_with_their_spread():
         (backdoors(auroc=0.9), "backdoors: mean AUROC", "not met"),
         (backdoors(tpr_at_1pct=0.5), "backdoors: mean TPR", "not met"),
         (backdoors()[:3], "backdoors: mean AUROC", "not measured"),
-        ([*backdoors()[:3], replace(backdoors()[3], success=0.3, auroc=0.1)], "backdoors: mean AUROC", "not measured"),
-        ([*backdoors(auroc=0.9)[:3], replace(backdoors()[3], success=0.3)], "backdoors: mean AUROC", "not met"),
+        ([*backdoors()[:3], replace(backdoors()[3], success=0.05, auroc=0.1)], "backdoors: mean AUROC", "not measured"),
+        ([*backdoors(auroc=0.9)[:3], replace(backdoors()[3], success=0.05)], "backdoors: mean AUROC", "not met"),
+        ([*backdoors()[:3], replace(backdoors()[3], success=0.3, auroc=0.1)], "backdoors: mean AUROC", "not met"),
     ],
 )
 def test_goals_are_judged_by_their_numbers(cells, about, verdict):

@@ -22,8 +22,8 @@ UNPOISONED = ("white-box", "black-box", *LADDER)
 """accesses whose false alarms are the guard's own; a backdoor's are those of a guard around another classifier"""
 OPTIONAL = ("joint_success", "fpr_natural_noise", "note")
 """keys of a summary's row that are left out where there is nothing to say"""
-TOOK = 0.8
-"""attack success below which a classifier did not learn its backdoor"""
+LEAST = 100
+"""triggered images that succeed, below which nothing is said of a backdoor"""
 DASH = "-"
 
 
@@ -162,9 +162,10 @@ def each_backdoor(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def not_taken(rows: Iterable[Row]) -> dict[str, float]:
-    """Backdoors that their classifier did not learn, and the share of the triggered images on which they succeed."""
-    success = {row.cell.attack: row.mean("success") or 0.0 for row in rows if not row.cell.attack.endswith(SUCCESSFUL)}
-    return {name: share for name, share in success.items() if share < TOOK}
+    """Backdoors that their classifier hardly learned, and the share of the triggered images on which they succeed."""
+    whole = [row for row in rows if not row.cell.attack.endswith(SUCCESSFUL)]
+    shares = [row.mean("success") or 0.0 for row in whole]
+    return {row.cell.attack: share for row, share in zip(whole, shares, strict=True) if share * row.cell.n_malicious < LEAST}
 
 
 def values_of(rows: Iterable[Row], figure: str) -> list[float]:

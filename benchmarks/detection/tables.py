@@ -11,7 +11,7 @@ from noisec.benchmarks.detection.cells import Cell
 from noisec.benchmarks.detection.rows import (
     DASH,
     LADDER,
-    TOOK,
+    LEAST,
     UNPOISONED,
     Paired,
     Row,
@@ -154,7 +154,7 @@ def _backdoors(rows: Sequence[Row]) -> str:
         return ""
     text = (
         "Honest protocol. The paper's figures are for its own protocol with a ResNet-18, and its means are over BadNets, label-consistent "
-        f"and WaNet; ours count the successful rows where there are any, of backdoors that succeed on at least {percent(TOOK, 0)}."
+        f"and WaNet; ours count the successful rows where there are any, of backdoors that succeed on at least {LEAST} images."
     )
     return f"{text}\n\n{markdown_table(heads, table)}"
 
