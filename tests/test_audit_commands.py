@@ -131,7 +131,9 @@ def test_the_verdict_is_one_sentence_with_its_figures():
     assert "class 1 (shoe): 80 % of the images get one label under neuron noise, 34 % without (score 0.70, threshold 0.20)" in said(
         bad, names
     )
-    clean = Evidence("ban", False, 0.1, 0.2, 1, 0.4, 0.34, shares, 1.0, 2.0)
+    usual = Evidence("ban", True, 0.3, 0.2, 2, 0.6, 0.34, (0.0, 0.6, 0.4), 1.0, 2.0, reference=(0.2, 0.7, 0.1))
+    assert "class 2 (bag): 40 % of the images get one label" in said(usual, names), "the suspected label's share, not the commonest's"
+    clean = Evidence("ban", False, 0.1, 0.2, 1, 0.4, 0.34, (0.3, 0.4, 0.3), 1.0, 2.0)
     assert audit_problems(clean, names) == []
     assert said(clean, names).startswith("audit: no backdoor found: 40 %")
     assert np.isclose(sum(clean.histogram), 1)

@@ -81,9 +81,8 @@ def audit_problems(evidence: Evidence, class_names: tuple[str, ...]) -> list[str
 
 def said(evidence: Evidence, class_names: tuple[str, ...]) -> str:
     """The verdict in one sentence."""
-    share = (
-        f"{100 * evidence.top_class_share:.0f} % of the images get one label under neuron noise, {100 * evidence.share_without_noise:.0f}"
-    )
+    suspected = evidence.top_class_share if evidence.target == UNKNOWN else evidence.histogram[evidence.target]
+    share = f"{100 * suspected:.0f} % of the images get one label under neuron noise, {100 * evidence.share_without_noise:.0f}"
     figures = f"{share} % without (score {evidence.score:.2f}, threshold {evidence.threshold:.2f})"
     if not evidence.backdoored or evidence.target == UNKNOWN:
         return f"audit: {'a backdoor is likely' if evidence.backdoored else 'no backdoor found'}: {figures}"
