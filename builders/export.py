@@ -17,7 +17,7 @@ from noisec import contract
 from noisec.builders.classifier import IR_VERSION
 from noisec.builders.spec import PreprocessingSpec
 from noisec.errors import NoisecError
-from noisec.python_backend.runtimes.onnxruntime.session import open_session
+from noisec.python_backend.scorer.session import open_session
 
 OPSET = 18
 MAX_DIFFERENCE = 1e-3

@@ -11,8 +11,8 @@ from noisec import contract
 from noisec.builders.classifier import Graph, find_head, read_model
 from noisec.builders.images import Floats
 from noisec.errors import NoisecError
-from noisec.python_backend.runtimes.onnxruntime.session import open_session
 from noisec.python_backend.scorer.detectors import Head
+from noisec.python_backend.scorer.session import open_session
 
 MAX_DIFFERENCE = 1e-2
 """largest difference of the head's logits from the graph's that still counts as rounding, relative to the logits' scale"""

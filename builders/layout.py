@@ -103,7 +103,7 @@ def _same_opset(*models: ModelProto) -> list[ModelProto]:
             for model, opset in zip(models, opsets, strict=True)
         ]
     except Exception as error:  # the converter raises whatever its C++ throws
-        raise NoisecError(f"layout = 'fused' needs both graphs in opset {highest}; converting failed: {error}; serve it staged") from error
+        raise NoisecError(f"to be joined, both graphs need opset {highest}; converting failed: {error}; set layout = 'staged'") from error
 
 
 def take_bytes(model: ModelProto) -> ModelProto:
@@ -142,7 +142,7 @@ def _compare(spec: GuardSpec, plain: Mapping[Stage, Path], fused: Path) -> None:
         difference, scale = np.abs(found[contract.PASSES[one]] - wanted).max(), max(1.0, float(np.abs(wanted).max()))
         if not difference <= MAX_DIFFERENCE * scale:
             raise NoisecError(
-                f"layout = 'fused': activations of the {one} differ by {difference:.2e} from the staged ones, at most "
+                f"layout = {spec.serving.layout!r}: activations of the {one} differ by {difference:.2e} from the staged ones, at most "
                 f"{MAX_DIFFERENCE * scale:.2e} is rounding: the classifier mixes the rows of a batch; serve it staged"
             )
 

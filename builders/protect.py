@@ -28,7 +28,7 @@ from noisec.builders.spec import ClassifierSpec, GuardSpec, PreprocessingSpec, d
 from noisec.builders.train import load_network, train_classifier
 from noisec.builders.workbench import Workbench
 from noisec.errors import NoisecError
-from noisec.python_backend.runtimes.onnxruntime.session import open_session
+from noisec.python_backend.scorer.session import open_session
 
 STAGE = "model.onnx"
 SMALL = 256

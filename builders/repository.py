@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +21,10 @@ from noisec.python_backend.scorer import scoring
 
 SCORER_CODE = Path(scoring.__file__).parent
 NO_PLANS: Mapping[str, str] = MappingProxyType({})
-SCORER_FILES = ("model.py", "scoring.py", "detectors.py", "batching.py")
+SCORING_FILES = tuple(SCORER_CODE / name for name in ("scoring.py", "detectors.py", "batching.py"))
+SCORER_FILES = (SCORER_CODE / "model.py", *SCORING_FILES)
+GUARD_FILES = (SCORER_CODE / "single.py", SCORER_CODE / "session.py", *SCORING_FILES)
+"""code of a guard in one process"""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def passes_needed(spec: GuardSpec) -> tuple[contract.Pass, ...]:
 
 def fused_passes(spec: GuardSpec) -> tuple[contract.Pass, ...]:
     """The classifier passes that the autoencoder stage makes itself."""
-    return tuple(one for one in passes_needed(spec) if one != "image") if spec.serving.layout == "fused" else ()
+    return tuple(one for one in passes_needed(spec) if one != "image") if spec.serving.layout != "staged" else ()
 
 
 def scorer_inputs(spec: GuardSpec) -> tuple[str, ...]:
@@ -75,6 +78,7 @@ def network_config(spec: GuardSpec, stage: str, widths: Widths, plans: Mapping[s
         ],
         "classifier": [_tensor(contract.LOGITS, (widths.classes,)), _tensor(contract.PENULTIMATE, (widths.features,))],
     }
+    instances = 1 if spec.serving.layout == "single" else spec.serving.instances  # the guard itself does not ask its stages there
     config = triton.ModelConfig(
         name=stage_model(spec.name, stage),
         backend="onnxruntime",
@@ -82,14 +86,20 @@ def network_config(spec: GuardSpec, stage: str, widths: Widths, plans: Mapping[s
         max_batch_size=spec.serving.max_batch_size,
         input=[_image(spec, widths)],
         output=outputs[stage],
-        dynamic_batching={"max_queue_delay_microseconds": spec.serving.queue_delay_microseconds},
-        instance_group=[{"count": spec.serving.instances, "kind": triton.ModelInstanceGroup.KIND_AUTO}],
+        dynamic_batching=_batching(spec),
+        instance_group=[{"count": instances, "kind": triton.ModelInstanceGroup.KIND_AUTO}],
     )
-    if spec.serving.max_queue_size:
-        config.dynamic_batching.default_queue_policy.max_queue_size = spec.serving.max_queue_size
     if plans:
         config.MergeFrom(_for_tensorrt(spec, widths, plans))
     return config
+
+
+def _batching(spec: GuardSpec) -> triton.ModelDynamicBatching:
+    """How requests wait for the networks."""
+    found = triton.ModelDynamicBatching(max_queue_delay_microseconds=spec.serving.queue_delay_microseconds)
+    if spec.serving.max_queue_size:
+        found.default_queue_policy.max_queue_size = spec.serving.max_queue_size
+    return found
 
 
 def _for_tensorrt(spec: GuardSpec, widths: Widths, plans: Mapping[str, str]) -> triton.ModelConfig:
@@ -131,8 +141,27 @@ def _verdict() -> list[dict[str, object]]:
     return [_tensor(name, (1,), kinds.get(name, "TYPE_FP32")) for name in contract.VERDICT]
 
 
-def ensemble_config(spec: GuardSpec, widths: Widths, class_names: tuple[str, ...]) -> triton.ModelConfig:
-    """Configuration of the guard itself. Every output is a leaf, and every step is pinned to the release."""
+def guard_config(spec: GuardSpec, widths: Widths, class_names: tuple[str, ...]) -> triton.ModelConfig:
+    """Configuration of the guard itself: an ensemble of its stages, or one model that does without them."""
+    config = triton.ModelConfig(
+        name=spec.name,
+        max_batch_size=spec.serving.max_batch_size,
+        input=[_image(spec, widths)],
+        output=[_tensor(contract.LOGITS, (widths.classes,)), *_verdict()],
+        parameters={"class_names": {"string_value": "\n".join(class_names)}},
+    )
+    if spec.serving.layout == "single":
+        config.backend, config.default_model_filename = "python", "single.py"
+        config.dynamic_batching.CopyFrom(_batching(spec))
+        config.instance_group.add(count=spec.serving.instances, kind=triton.ModelInstanceGroup.KIND_CPU)
+    else:
+        config.platform = "ensemble"
+        config.ensemble_scheduling.step.extend(ensemble_steps(spec))
+    return config
+
+
+def ensemble_steps(spec: GuardSpec) -> list[triton.ModelEnsembling.Step]:
+    """The steps of the ensemble. Every output is a leaf, and every step is pinned to the release."""
     step = triton.ModelEnsembling.Step
     autoencoder, classifier, scorer = (stage_model(spec.name, stage) for stage in contract.STAGES)
     views = scorer_inputs(spec)
@@ -157,15 +186,7 @@ def ensemble_config(spec: GuardSpec, widths: Widths, class_names: tuple[str, ...
             output_map={name: name for name in contract.VERDICT},
         )
     )
-    return triton.ModelConfig(
-        name=spec.name,
-        platform="ensemble",
-        max_batch_size=spec.serving.max_batch_size,
-        input=[_image(spec, widths)],
-        output=[_tensor(contract.LOGITS, (widths.classes,)), *_verdict()],
-        ensemble_scheduling={"step": steps},
-        parameters={"class_names": {"string_value": "\n".join(class_names)}},
-    )
+    return steps
 
 
 def write_repository(
@@ -197,12 +218,25 @@ def write_repository(
         if stage == "scorer":
             scorer.save(folder / "scorer.npz")
         _write_config(model, config)
-    _fresh_version(repository / spec.name, spec.release)
-    _write_config(repository / spec.name, ensemble_config(spec, widths, class_names))
+    folder = _fresh_version(repository / spec.name, spec.release)
+    if spec.serving.layout == "single":
+        _write_single(folder, stages, scorer)
+    _write_config(repository / spec.name, guard_config(spec, widths, class_names))
 
 
-def _stage_files(stages: Mapping[str, Path], stage: str) -> list[Path]:
-    return [SCORER_CODE / name for name in SCORER_FILES] if stage == "scorer" else sorted(stages[stage].glob("model*"))
+def _write_single(folder: Path, stages: Mapping[str, Path], scorer: scoring.Scorer) -> None:
+    """What a guard in one process runs: its code and its scorer, and below it each network stage's graph."""
+    for path in GUARD_FILES:
+        shutil.copyfile(path, folder / path.name)
+    scorer.save(folder / "scorer.npz")
+    for stage in stages:
+        (folder / stage).mkdir()
+        for path in _stage_files(stages, stage):
+            shutil.copyfile(path, folder / stage / path.name)
+
+
+def _stage_files(stages: Mapping[str, Path], stage: str) -> Sequence[Path]:
+    return SCORER_FILES if stage == "scorer" else sorted(stages[stage].glob("model*"))
 
 
 def served_versions(model: Path, config: triton.ModelConfig, release: int) -> triton.ModelVersionPolicy:

@@ -13,9 +13,9 @@ from noisec.builders.progress import console
 from noisec.builders.protect import Protected
 from noisec.builders.spec import GuardSpec
 from noisec.errors import NoisecError
-from noisec.python_backend.runtimes.onnxruntime.session import open_session
 from noisec.python_backend.scorer.detectors import ClassGaussian, Floats, GaussianMixture, Statistic
 from noisec.python_backend.scorer.scoring import Scorer
+from noisec.python_backend.scorer.session import open_session
 
 MAX_DISAGREEMENT = 0.001
 """share of labels in which the stage may differ from the original classifier"""

@@ -225,9 +225,10 @@ def depended_on(section: ClassifierSpec | AutoencoderSpec) -> dict[str, Any]:
 
 
 class ServingSpec(Section):
-    layout: Literal["staged", "fused"] = "staged"
+    layout: Literal["staged", "fused", "single"] = "staged"
     """``fused``: the autoencoder stage also makes the classifier passes of the noise and the reconstruction, in one pass over both; the
-    image's pass stays a stage of its own, for requests that want only the label"""
+    image's pass stays a stage of its own, for requests that want only the label. ``single``: the guard is no ensemble but one model that
+    does all of it in one process, on the CPU; its stages stay in the repository as models of their own"""
     input: Literal["float32", "uint8"] = "float32"
     """what clients send as IMAGE: floats in [0, 1], or bytes, which the graphs divide by 255; a quarter of the traffic"""
     max_batch_size: Positive = 64
@@ -236,7 +237,7 @@ class ServingSpec(Section):
     scorer_delay_microseconds: Annotated[int, Field(ge=0)] = 0
     """the same for the scorer: the requests of one network batch arrive one after the other"""
     instances: Positive = 1
-    """copies of each network stage, on each GPU or on the CPU"""
+    """copies of each network stage, or of a guard in one process, on each GPU or on the CPU"""
     max_queue_size: Annotated[int, Field(ge=0)] = 0
     """requests that may wait for a network stage; more are refused at once. 0: any number"""
 
@@ -290,10 +291,18 @@ class GuardSpec(Section):
 
     @model_validator(mode="after")
     def _bytes_only_for_images(self) -> GuardSpec:
-        if self.serving.input == "uint8" and self.serving.layout != "fused":
-            raise ValueError("serving.input = 'uint8' goes with layout = 'fused': the staged classifier is also fed the noise, in floats")
+        if self.serving.input == "uint8" and self.serving.layout == "staged":
+            raise ValueError(
+                "serving.input = 'uint8' goes with layout 'fused' or 'single': a staged classifier is fed noise too, in floats"
+            )
         if self.serving.input == "uint8" and self.runtime != "onnxruntime":
             raise ValueError("serving.input = 'uint8' goes with runtime = 'onnxruntime'; TensorRT stages take floats")
+        return self
+
+    @model_validator(mode="after")
+    def _one_process_on_the_processor(self) -> GuardSpec:
+        if self.serving.layout == "single" and self.runtime != "onnxruntime":
+            raise ValueError("serving.layout = 'single' goes with runtime = 'onnxruntime', on the CPU; TensorRT stages are staged or fused")
         return self
 
     @property

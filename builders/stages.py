@@ -18,9 +18,9 @@ from noisec.builders.repository import fused_passes, passes_needed
 from noisec.builders.spec import GuardSpec
 from noisec.contract import stage_model
 from noisec.errors import NoisecError
-from noisec.python_backend.runtimes.onnxruntime.session import open_session
 from noisec.python_backend.runtimes.tensorrt.names import graph_sizes, plan_name
 from noisec.python_backend.scorer.scoring import Scorer
+from noisec.python_backend.scorer.session import open_session
 
 Tensors = dict[str, Floats]
 Infer = Callable[[str, Floats, Sequence[str]], Tensors]

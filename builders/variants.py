@@ -26,8 +26,8 @@ from noisec.builders.repository import fused_passes
 from noisec.builders.spec import INT8_IMAGES, NETWORK_STAGES, GuardSpec, Precision, Stage
 from noisec.builders.stages import Infer, StageRunner, ask_guard, in_process, on_gpu
 from noisec.builders.workbench import Workbench, seconds_of
-from noisec.python_backend.runtimes.onnxruntime.session import open_session
 from noisec.python_backend.scorer.scoring import Scorer
+from noisec.python_backend.scorer.session import open_session
 
 
 def to_build(spec: GuardSpec) -> dict[str, dict[Stage, Precision]]:

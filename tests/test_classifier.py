@@ -17,7 +17,7 @@ from noisec.builders.inspect import inspect_classifier
 from noisec.builders.protect import Preprocessing
 from noisec.builders.spec import PreprocessingSpec
 from noisec.errors import NoisecError
-from noisec.python_backend.runtimes.onnxruntime.session import open_session
+from noisec.python_backend.scorer.session import open_session
 
 SHAPE = (3, 16, 16)
 PLAIN = PreprocessingSpec()

@@ -32,8 +32,8 @@ from noisec.builders.torchgraph import TorchGraph
 from noisec.builders.variants import NETWORK_STAGES
 from noisec.errors import NoisecError
 from noisec.manifest import verify_repository
-from noisec.python_backend.runtimes.onnxruntime.session import open_session
 from noisec.python_backend.scorer.scoring import Scorer
+from noisec.python_backend.scorer.session import open_session
 
 WITHOUT_GPU = pytest.mark.skipif(gpus() > 0, reason="this machine has an NVIDIA GPU")
 FACTS = {

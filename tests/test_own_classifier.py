@@ -22,7 +22,7 @@ from noisec.builders.sources import fashion_mnist
 from noisec.builders.spec import PreprocessingSpec, read_spec
 from noisec.clients import GuardClient
 from noisec.manifest import read_manifest
-from noisec.python_backend.runtimes.onnxruntime.session import open_session
+from noisec.python_backend.scorer.session import open_session
 from noisec.python_backend.server import EmbeddedServer
 
 REST = """

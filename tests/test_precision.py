@@ -28,7 +28,7 @@ from noisec.builders.variants import NETWORK_STAGES, classifier_feeds
 from noisec.contract import stage_model
 from noisec.errors import NoisecError
 from noisec.manifest import read_manifest, releases, verify
-from noisec.python_backend.runtimes.onnxruntime.session import open_session
+from noisec.python_backend.scorer.session import open_session
 from noisec.python_backend.server import EmbeddedServer
 
 PRECISIONS = ("fp32", "fp16", "int8")

@@ -34,11 +34,12 @@ def test_a_sweep_keeps_to_its_budget_and_leaves_the_repository_alone(tmp_path):
 
 
 def test_every_axis_leaves_out_the_present_value():
-    found = axes(ServingSpec(instances=2), True, 4, 1)
-    assert found["instances"] == [1, 4]
-    assert found["layout"] == ["fused"]
-    assert axes(ServingSpec(layout="fused"), False, 4, 1)["layout"] == []
-    assert axes(ServingSpec(), True, 2, 32)["max_batch_size"] == [32, 128]
+    layouts, instances, _, _, largest = axes(ServingSpec(instances=2), True, 4, 1)
+    assert layouts == [{"layout": "fused"}, {"layout": "single", "instances": 4}]
+    assert instances == [{"instances": 1}, {"instances": 4}]
+    assert largest == [{"max_batch_size": 16}, {"max_batch_size": 128}]
+    assert axes(ServingSpec(layout="fused"), False, 4, 1)[0] == []
+    assert axes(ServingSpec(), True, 2, 32)[-1] == [{"max_batch_size": 32}, {"max_batch_size": 128}]
 
 
 def test_a_setting_within_the_bound_beats_every_one_outside():

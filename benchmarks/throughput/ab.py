@@ -42,11 +42,12 @@ class Arm:
     processes: list[psutil.Process]
 
     def cpu(self) -> dict[str, float]:
-        """Seconds that the server itself and each stage's processes have used."""
+        """Seconds that the server itself, each stage's processes and those of a guard in one process have used."""
         used: dict[str, float] = defaultdict(float)
         for process in self.processes:
             times, words = process.cpu_times(), " ".join(process.cmdline())
-            used[next((stage for stage in STAGES if f"_{stage}/" in words), "server")] += times.user + times.system
+            part = next((stage for stage in STAGES if f"_{stage}/" in words), "guard" if "python_backend_stub" in words else "server")
+            used[part] += times.user + times.system
         return used
 
 

@@ -77,17 +77,24 @@ class Tuning:
     """whether the budget was enough for every axis"""
 
 
-def axes(present: ServingSpec, can_fuse: bool, cores: int, batch: int) -> dict[str, list[Any]]:
-    """Serving setting -> values that are tried with requests of ``batch`` images; the ones that matter most first."""
+def axes(present: ServingSpec, plain: bool, cores: int, batch: int) -> list[list[dict[str, Any]]]:
+    """Changes of the serving settings that are tried with requests of ``batch`` images, axis by axis; the ones that matter most first.
+
+    A guard in one process is tried with one for each core: with fewer of them it leaves cores idle.
+
+    Args:
+        plain: whether the guard is staged and takes floats, so that other layouts can be made of it
+    """
     largest = present.max_batch_size
-    found: dict[str, list[Any]] = {
-        "layout": ["staged", "fused"] if can_fuse else [present.layout],
+    layouts: list[dict[str, Any]] = [{"layout": "staged"}, {"layout": "fused"}, {"layout": "single", "instances": cores}] if plain else []
+    others: dict[str, list[int]] = {
         "instances": sorted({1, 2, cores}),
         "scorer_delay_microseconds": [0, 100, 300],
         "queue_delay_microseconds": [0, 200, 1000],
         "max_batch_size": sorted({max(batch, largest // 4), 2 * largest}),
     }
-    return {name: [value for value in values if value != getattr(present, name)] for name, values in found.items()}
+    found: list[list[dict[str, Any]]] = [layouts, *([{name: value} for value in values] for name, values in others.items())]
+    return [[change for change in axis if present.model_copy(update=change) != present] for axis in found]
 
 
 def tune(repository: Path, guard: str, wish: Wish, seconds: float, cache: Path, measure_seconds: float = 1.5) -> Tuning:
@@ -109,18 +116,20 @@ def tune(repository: Path, guard: str, wish: Wish, seconds: float, cache: Path, 
     plain = (present.layout, present.input) == ("staged", "float32") and target.spec.runtime == "onnxruntime"
     open_axes = axes(present, plain, os.cpu_count() or 1, wish.batch)
     deadline, cost = time.monotonic() + seconds, 0.0
-    steps = 1 + sum(map(len, open_axes.values()))
+    steps = 1 + sum(map(len, open_axes))
     with generator(target.images(cache)) as load, served(target, present) as url, bar("tuning", steps) as shown:
         measure = partial(_measure, load, guard, wish, measure_seconds)
         trials = [Trial(present, measure(url), 1.0)]
         best, complete = trials[0], True
-        for name, values in open_axes.items():
-            for value in values:
+        for axis in open_axes:
+            for change in axis:
                 start = time.monotonic()
                 if start + cost > deadline:
                     complete = False
                     continue
-                serving = best.serving.model_copy(update={name: value})
+                serving = best.serving.model_copy(update=change)
+                if serving in [one.serving for one in trials] or (serving.layout == "single" and "scorer_delay_microseconds" in change):
+                    continue
                 with served(target, serving) as other:
                     trials.append(_in_turns(measure, serving, url, other))
                 best = trials[-1] if wish.beats(trials[-1], best) else best

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from .batching import Arrays, answer
@@ -19,22 +18,14 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         directory = Path(args["model_repository"], args["model_version"])
-        self.scorer = Scorer.load(directory / "scorer.npz")
-        if self.scorer.release != int(args["model_version"]):
-            raise pb_utils.TritonModelException(f"scorer.npz is of release {self.scorer.release}, its folder of {args['model_version']}")
+        self.scorer = Scorer.load(directory / "scorer.npz", int(args["model_version"]))
         configured = {entry["name"] for entry in json.loads(args["model_config"])["input"]}
         if configured != set(self.scorer.inputs):
             raise pb_utils.TritonModelException(f"config.pbtxt feeds {sorted(configured)}; scorer.npz needs {sorted(self.scorer.inputs)}")
 
     def compute(self, activations: Arrays, wanted: Sequence[str]) -> Arrays:
         """float32 [n, d] for each input -> [n, 1] for each output"""
-        verdict = self.scorer.verdict(activations)
-        return {
-            "SCORE": verdict.score[:, None],
-            "P_VALUE": verdict.p_value[:, None],
-            "IS_MALICIOUS": verdict.is_malicious[:, None],
-            "RELEASE": np.full((len(verdict.score), 1), self.scorer.release, np.int32),
-        }
+        return self.scorer.outputs(activations)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         return answer(requests, self.scorer.inputs, self.compute)

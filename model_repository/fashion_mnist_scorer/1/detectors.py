@@ -7,6 +7,7 @@ Gaussian components, ``M`` of mutants and ``m`` of reference points. Every stati
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import Protocol
 
@@ -114,9 +115,7 @@ class ClassGaussian:
         return view.vectors
 
     def score(self, view: View) -> Floats:
-        whitened = (self.vectors(view) - self.means[view.labels]) @ self.factor
-        result: Floats = np.einsum("nd,nd->n", whitened, whitened)
-        return result
+        return squared_lengths((self.vectors(view) - self.means[view.labels]) @ self.factor)
 
 
 @dataclass(frozen=True)
@@ -155,14 +154,20 @@ class KernelDensity:
 
     def score(self, view: View) -> Floats:
         """In nats, up to a constant."""
-        vectors = view.vectors
-        result = np.empty(len(vectors), np.float32)
-        for label in np.unique(view.labels):
-            rows = view.labels == label
-            exponents = -squared_distances(vectors[rows], self.points[label]) / (2 * self.bandwidth**2)
-            peak = exponents.max(axis=1)
-            result[rows] = -(peak + np.log(np.exp(exponents - peak[:, None]).mean(axis=1)))
+        vectors, labels = view.vectors, view.labels
+        products = np.empty((len(vectors), self.points.shape[1]), np.float32)
+        for label in set(labels.tolist()):
+            rows = np.flatnonzero(labels == label)
+            products[rows] = vectors[rows] @ self.points[label].T
+        exponents = -_squared(vectors, products, self._squares[labels]) / (2 * self.bandwidth**2)
+        peak = exponents.max(axis=1)
+        result: Floats = -(peak + np.log(np.exp(exponents - peak[:, None]).mean(axis=1)))
         return result
+
+    @cached_property
+    def _squares(self) -> Floats:
+        """[C, m], the points' squared lengths"""
+        return squared_lengths(self.points)
 
 
 @dataclass(frozen=True)
@@ -241,11 +246,22 @@ def _relative_entropy(first: Floats, second: Floats) -> Floats:
     return result
 
 
+def squared_lengths(vectors: Floats) -> Floats:
+    """float32 [...] from float32 [..., d]"""
+    result: Floats = np.einsum("...d,...d->...", vectors, vectors)
+    return result
+
+
 def squared_distances(vectors: Floats, points: Floats) -> Floats:
     """float32 [n, m] from float32 [n, d] and [m, d]"""
-    squared = np.einsum("nd,nd->n", vectors, vectors)[:, None] - 2 * vectors @ points.T + np.einsum("md,md->m", points, points)
+    return _squared(vectors, vectors @ points.T, squared_lengths(points))
+
+
+def _squared(vectors: Floats, products: Floats, squares: Floats) -> Floats:
+    """Squared distances float32 [n, m] of vectors [n, d] from points, of which the inner products [n, m] and the squared lengths,
+    [m] or [n, m], are known."""
     # A NaN must stay one: np.maximum keeps it.
-    result: Floats = np.maximum(squared, 0)
+    result: Floats = np.maximum(squared_lengths(vectors)[:, None] - 2 * products + squares, 0)
     return result
 
 

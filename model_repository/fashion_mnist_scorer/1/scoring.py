@@ -69,6 +69,11 @@ def on_scale(raw: Floats, segments: npt.NDArray[np.float64]) -> Floats:
     return result
 
 
+def _arrays(part: Any) -> dict[str, npt.NDArray[Any]]:
+    """What a dataclass of arrays is saved as, without what it derives from them."""
+    return {field.name: getattr(part, field.name) for field in fields(part)}
+
+
 @dataclass(frozen=True)
 class Detector:
     """One kind of statistic of one view, fitted for each noise level.
@@ -232,6 +237,16 @@ class Scorer:
         score = self.score(tensors)
         return Verdict(score, conformal_p_values(self.calibration, score), ~(score <= self.threshold))
 
+    def outputs(self, tensors: Mapping[str, Floats]) -> dict[str, npt.NDArray[Any]]:
+        """The verdict as the tensors of the contract, output name -> [n, 1], with the release that gave it."""
+        verdict = self.verdict(tensors)
+        return {
+            "SCORE": verdict.score[:, None],
+            "P_VALUE": verdict.p_value[:, None],
+            "IS_MALICIOUS": verdict.is_malicious[:, None],
+            "RELEASE": np.full((len(verdict.score), 1), self.release, np.int32),
+        }
+
     def save(self, path: Path) -> None:
         """Write the artefact; plain arrays only, no pickle."""
         arrays: dict[str, npt.NDArray[Any]] = {
@@ -247,15 +262,19 @@ class Scorer:
             arrays[f"{detector.name}/inputs"] = np.array(detector.inputs)
             arrays[f"{detector.name}/kind"] = np.array(detector.kind)
             for level, (statistic, scale) in enumerate(zip(detector.statistics, detector.scales, strict=True)):
-                arrays |= {f"{detector.name}/{level}/{key}": value for part in (statistic, scale) for key, value in vars(part).items()}
+                for part in (statistic, scale):
+                    arrays |= {f"{detector.name}/{level}/{name}": array for name, array in _arrays(part).items()}
         np.savez(path, **arrays)
 
     @classmethod
-    def load(cls, path: Path) -> Scorer:
+    def load(cls, path: Path, release: int | None = None) -> Scorer:
         """Read the artefact.
 
+        Args:
+            release: that it has to be of; None takes any
+
         Raises:
-            ValueError, OSError, KeyError: the file is no such artefact, or its values cannot be served.
+            ValueError, OSError, KeyError: the file is no such artefact, it is of another release, or its values cannot be served.
         """
         with np.load(path, allow_pickle=False) as archive:
             arrays = dict(archive)
@@ -275,6 +294,8 @@ class Scorer:
         head, alpha, fusion = read(Head, "head"), float(arrays["alpha"]), str(arrays["fusion"])
         scorer = cls(int(arrays["release"]), alpha, fusion, edges, head, detectors, arrays["calibration"])
         scorer.check()
+        if release not in (None, scorer.release):
+            raise ValueError(f"{path.name} is of release {scorer.release}, its folder of {release}")
         return scorer
 
     def check(self) -> None:
@@ -296,7 +317,7 @@ class Scorer:
             raise ValueError(f"noise levels {self.edges} have to ascend")
         for detector in self.detectors:
             for statistic, scale in zip(detector.statistics, detector.scales, strict=True):
-                if not all(np.isfinite(array).all() for array in (*vars(statistic).values(), *vars(scale).values())):
+                if not all(np.isfinite(array).all() for part in (statistic, scale) for array in _arrays(part).values()):
                     raise ValueError(f"detector {detector.name} has values that are not finite")
                 if not ((np.diff(scale.scores) > 0).all() and (np.diff(scale.surprisals) > 0).all()):
                     raise ValueError(f"the scale of detector {detector.name} does not ascend")

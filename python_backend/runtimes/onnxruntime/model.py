@@ -13,8 +13,8 @@ from typing import Any
 
 import onnxruntime
 
-from noisec.python_backend.runtimes.onnxruntime.session import open_session
 from noisec.python_backend.scorer.batching import Arrays, answer
+from noisec.python_backend.scorer.session import open_session
 
 
 class TritonPythonModel:

@@ -1,7 +1,9 @@
-"""The fused layout and byte input: the same verdicts from fewer stages and a quarter of the bytes."""
+"""Fewer stages, one process, a quarter of the bytes: the same verdicts."""
 
 from __future__ import annotations
 
+import queue
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from noisec.builders.stages import StageRunner, in_process
 from noisec.builders.torchgraph import TorchGraph
 from noisec.clients import GuardClient
 from noisec.errors import NoisecError
-from noisec.python_backend.runtimes.onnxruntime.session import open_session
+from noisec.python_backend.scorer.session import open_session
 from noisec.python_backend.server import EmbeddedServer
 
 
@@ -46,6 +48,20 @@ def bytewise(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def single(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("single")
+    rearrange(REPOSITORY, GUARD, ServingSpec(layout="single", instances=2), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single_bytes(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("single-bytes")
+    rearrange(REPOSITORY, GUARD, ServingSpec(layout="single", input="uint8"), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def fused_server(fused) -> Iterator[EmbeddedServer]:
     with EmbeddedServer(fused) as running:
         yield running
@@ -54,6 +70,29 @@ def fused_server(fused) -> Iterator[EmbeddedServer]:
 @pytest.fixture(scope="module")
 def byte_server(bytewise) -> Iterator[EmbeddedServer]:
     with EmbeddedServer(bytewise) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def single_server(single) -> Iterator[EmbeddedServer]:
+    with EmbeddedServer(single) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def blind_server(single, tmp_path_factory) -> Iterator[EmbeddedServer]:
+    """A guard in one process whose autoencoder fails on every image."""
+    copy = tmp_path_factory.mktemp("blind") / "copy"
+    shutil.copytree(single, copy)
+    path = copy / GUARD / "1" / "autoencoder" / "model.onnx"
+    graph = onnx.load(path).graph
+    nodes = [helper.make_node("Reshape", [contract.IMAGE, "shape"], [output.name]) for output in graph.output]
+    shape = onnx.numpy_helper.from_array(np.array([5, 7]), "shape")
+    opset = [helper.make_opsetid("", 18)]
+    onnx.save(
+        helper.make_model(helper.make_graph(nodes, "blind", graph.input, graph.output, [shape]), opset_imports=opset, ir_version=9), path
+    )
+    with EmbeddedServer(copy, check=False) as running:
         yield running
 
 
@@ -75,13 +114,63 @@ def executions(url: str) -> dict[str, int]:
     return {model.name.removeprefix(f"{GUARD}_"): model.execution_count for model in statistics}
 
 
-def test_other_layouts_are_whole_repositories_with_the_same_contract(fused, bytewise):
-    for repository in (fused, bytewise):
+def test_other_layouts_are_whole_repositories_with_the_same_contract(fused, bytewise, single, single_bytes):
+    for repository in (fused, bytewise, single, single_bytes):
         assert manifest.verify_repository(repository) == []
         assert list(read_config(repository / GUARD).output) == list(read_config(REPOSITORY / GUARD).output)
     assert spec_of(fused).serving.layout == "fused"
     steps = [step.model_name for step in read_config(fused / GUARD).ensemble_scheduling.step]
     assert steps == [f"{GUARD}_autoencoder", f"{GUARD}_classifier", f"{GUARD}_scorer"]
+    alone = read_config(single / GUARD)
+    assert (alone.platform, alone.backend, alone.instance_group[0].count) == ("", "python", 2)
+    assert read_config(single / f"{GUARD}_autoencoder").instance_group[0].count == 1
+
+
+def test_one_process_gives_the_staged_verdicts(single_server, report, staged_verdicts):
+    before = executions(single_server.grpc_url)
+    with GuardClient(single_server.grpc_url, GUARD) as client:
+        same(client.classify(report[:200].pixels), staged_verdicts)
+        alone = [client.classify(report[row : row + 1].pixels) for row in range(20)]
+        labels = client.classify(report[:200].pixels, labels_only=True)
+    np.testing.assert_allclose(np.concatenate([one.scores for one in alone]), staged_verdicts.scores[:20], rtol=1e-3, atol=1e-3)
+    np.testing.assert_array_equal(labels.labels, staged_verdicts.labels)
+    after = executions(single_server.grpc_url)
+    assert {name for name in after if after[name] > before[name]} == {GUARD}
+
+
+def test_one_process_takes_bytes(single_bytes, report, staged_verdicts):
+    with EmbeddedServer(single_bytes) as server, GuardClient(server.grpc_url, GUARD) as client:
+        same(client.classify(report[:200].pixels), staged_verdicts)
+        assert client.classify(report[:64].pixels, labels_only=True).labels.tolist() == staged_verdicts.labels[:64].tolist()
+
+
+def test_no_image_is_malicious_in_one_process_too(single_server, pixels):
+    images = pixels[:4].copy()
+    images[0, 0, 3, 3], images[1, 0, 0, 0], images[2, 0, 5, 5] = np.nan, np.inf, 1.5
+    with triton_grpc.InferenceServerClient(single_server.grpc_url) as client:
+        for batch in (images, images[:1], images[1:2], images[2:3]):
+            sent = triton_grpc.InferInput(contract.IMAGE, batch.shape, "FP32").set_data_from_numpy(batch)
+            assert client.infer(GUARD, [sent]).as_numpy(contract.IS_MALICIOUS)[:3].all()
+
+
+def test_where_a_verdict_fails_labels_are_still_given_and_no_verdict_is(blind_server, report, staged_verdicts):
+    images = [
+        triton_grpc.InferInput(contract.IMAGE, (1, 1, 28, 28), "FP32").set_data_from_numpy(report[[row]].floats()) for row in range(16)
+    ]
+    answers: queue.Queue[tuple[int, tuple[str, ...], object, object]] = queue.Queue()
+    with triton_grpc.InferenceServerClient(blind_server.grpc_url) as client:
+        for row, image in enumerate(images):
+            names = (contract.LOGITS,) if row % 2 else contract.OUTPUTS
+            outputs = [triton_grpc.InferRequestedOutput(name) for name in names]
+            client.async_infer(
+                GUARD, [image], lambda result, error, row=row, names=names: answers.put((row, names, result, error)), outputs=outputs
+            )
+        for row, names, result, error in [answers.get(timeout=60) for _ in images]:
+            if names == contract.OUTPUTS:
+                assert result is None
+                assert "Reshape" in str(error)
+            else:
+                assert result.as_numpy(contract.LOGITS).argmax() == staged_verdicts.labels[row]
 
 
 def test_fused_verdicts_are_the_staged_ones(fused_server, report, staged_verdicts):
@@ -118,7 +207,7 @@ def test_wrong_shapes_of_bytes_are_refused(byte_server, report):
         client.classify(report[:1].pixels[:, :, :27])
 
 
-@pytest.mark.parametrize("name", ["fused", "bytewise"])
+@pytest.mark.parametrize("name", ["fused", "bytewise", "single", "single_bytes"])
 def test_builders_get_the_same_tensors_from_every_layout(name, pixels, request):
     repository = request.getfixturevalue(name)
     batch = pixels[:20]
@@ -181,9 +270,11 @@ def test_a_classifier_that_mixes_the_rows_of_a_batch_stays_staged(tmp_path):
 
 def test_what_does_not_go_together_is_refused(fused, tmp_path):
     content = spec_of(REPOSITORY).model_dump()
-    with pytest.raises(ValidationError, match="goes with layout = 'fused'"):
+    with pytest.raises(ValidationError, match="goes with layout 'fused' or 'single'"):
         GuardSpec.model_validate({**content, "serving": {"input": "uint8"}})
     with pytest.raises(ValidationError, match="goes with runtime = 'onnxruntime'"):
         GuardSpec.model_validate({**content, "runtime": "tensorrt", "serving": {"layout": "fused", "input": "uint8"}})
+    with pytest.raises(ValidationError, match="'single' goes with runtime = 'onnxruntime'"):
+        GuardSpec.model_validate({**content, "runtime": "tensorrt", "serving": {"layout": "single"}})
     with pytest.raises(NoisecError, match="start from its staged twin"):
         rearrange(fused, GUARD, ServingSpec(layout="fused", input="uint8"), tmp_path)
