@@ -12,7 +12,7 @@ from noisec.builders.spec import GuardSpec
 
 CARD = """# {name}, release {release}
 
-Protects the classifier `{classifier}` ({source}, {classes}). Ask the ensemble `{name}` for `LOGITS`, `SCORE`, `P_VALUE`, `IS_MALICIOUS`,
+Protects the classifier `{classifier}` ({source}, {classes}). Ask `{name}` for `LOGITS`, `SCORE`, `P_VALUE`, `IS_MALICIOUS`,
 `RELEASE`; the input `IMAGE` is fp32 with pixels in [0, 1].
 
 ## Measured

@@ -161,8 +161,9 @@ def rearrange(repository: Path, guard: str, serving: ServingSpec, target: Path) 
     new = GuardSpec.model_validate({**old["spec"], "serving": serving.model_dump()})
     folders: dict[Stage, Path] = {stage: repository / stage_model(guard, stage) / str(release) for stage in NETWORK_STAGES}
     scorer = Scorer.load(repository / stage_model(guard, "scorer") / str(release) / "scorer.npz")
+    other = (fused_passes(new), serving.input) != (fused_passes(spec), spec.serving.input)
     changes = [key for key in ("layout", "input") if getattr(serving, key) != getattr(spec.serving, key)]
-    if changes and (spec.serving.layout, spec.serving.input) != ("staged", "float32"):
+    if other and (spec.serving.layout, spec.serving.input) != ("staged", "float32"):
         raise NoisecError(f"{guard} release {release} is {spec.serving.layout} with {spec.serving.input} input: start from its staged twin")
     if changes and spec.runtime != "onnxruntime":
         raise NoisecError(f"{guard} release {release} holds TensorRT plans: set serving.{changes[0]} in the TOML file and build it again")
@@ -170,7 +171,7 @@ def rearrange(repository: Path, guard: str, serving: ServingSpec, target: Path) 
     with tempfile.TemporaryDirectory() as folder:
         kept: dict[Stage, Path] = {stage: shutil.copytree(source, Path(folder, stage)) for stage, source in folders.items()}
         stages = {str(stage): path for stage, path in kept.items()}
-        for stage in changed_stages(new) if changes else ():
+        for stage in changed_stages(new) if other else ():
             stages[stage] = Path(folder, f"new-{stage}")
             stages[stage].mkdir()
             arrange(new, kept, stage, stages[stage])

@@ -78,7 +78,6 @@ def network_config(spec: GuardSpec, stage: str, widths: Widths, plans: Mapping[s
         ],
         "classifier": [_tensor(contract.LOGITS, (widths.classes,)), _tensor(contract.PENULTIMATE, (widths.features,))],
     }
-    instances = 1 if spec.serving.layout == "single" else spec.serving.instances  # the guard itself does not ask its stages there
     config = triton.ModelConfig(
         name=stage_model(spec.name, stage),
         backend="onnxruntime",
@@ -87,7 +86,7 @@ def network_config(spec: GuardSpec, stage: str, widths: Widths, plans: Mapping[s
         input=[_image(spec, widths)],
         output=outputs[stage],
         dynamic_batching=_batching(spec),
-        instance_group=[{"count": instances, "kind": triton.ModelInstanceGroup.KIND_AUTO}],
+        instance_group=[{"count": spec.serving.instances, "kind": triton.ModelInstanceGroup.KIND_AUTO}],
     )
     if plans:
         config.MergeFrom(_for_tensorrt(spec, widths, plans))

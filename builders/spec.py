@@ -228,18 +228,19 @@ class ServingSpec(Section):
     layout: Literal["staged", "fused", "single"] = "staged"
     """``fused``: the autoencoder stage also makes the classifier passes of the noise and the reconstruction, in one pass over both; the
     image's pass stays a stage of its own, for requests that want only the label. ``single``: the guard is no ensemble but one model that
-    does all of it in one process, on the CPU; its stages stay in the repository as models of their own"""
+    does all of it in one process with one compute thread, on the CPU: give it an instance for each core; its stages stay in the
+    repository as models of their own"""
     input: Literal["float32", "uint8"] = "float32"
     """what clients send as IMAGE: floats in [0, 1], or bytes, which the graphs divide by 255; a quarter of the traffic"""
     max_batch_size: Positive = 64
     queue_delay_microseconds: Annotated[int, Field(ge=0)] = 0
     """how long Triton's dynamic batcher waits for more requests"""
     scorer_delay_microseconds: Annotated[int, Field(ge=0)] = 0
-    """the same for the scorer: the requests of one network batch arrive one after the other"""
+    """the same for the scorer stage: the requests of one network batch arrive one after the other"""
     instances: Positive = 1
     """copies of each network stage, or of a guard in one process, on each GPU or on the CPU"""
     max_queue_size: Annotated[int, Field(ge=0)] = 0
-    """requests that may wait for a network stage; more are refused at once. 0: any number"""
+    """requests that may wait for a network stage, or for a guard in one process; more are refused at once. 0: any number"""
 
 
 class GuardSpec(Section):

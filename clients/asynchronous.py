@@ -28,7 +28,7 @@ class AsyncGuardClient:
 
     Args:
         url: ``host:port`` of the server's gRPC endpoint
-        guard: name of the ensemble
+        guard: its name, that of a Triton model
         timeout: seconds for each request
     """
 

@@ -24,7 +24,7 @@ class GuardClient:
 
     Args:
         url: ``host:port`` of the server's gRPC endpoint
-        guard: name of the ensemble
+        guard: its name, that of a Triton model
         timeout: seconds for each request
 
     Raises:

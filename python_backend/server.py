@@ -225,6 +225,8 @@ def _link(repository: Path, target: Path) -> None:
             with_code = entry.is_dir() and any(entry.glob("*.py"))
             for source in [path for path in entry.iterdir() if path.name != "__pycache__"] if with_code else [entry]:
                 link = target / source.relative_to(repository)
+                if link.parent.is_symlink():  # a version folder that held no code before
+                    link.parent.unlink()
                 link.parent.mkdir(parents=True, exist_ok=True)
                 if not link.is_symlink():
                     link.symlink_to(source)

@@ -34,7 +34,7 @@ METHODS = Methods(
 PLAN = Plan(
     families=("tiny",),
     attacks=("badnets", "bpp"),
-    hard=(FEW,),
+    hard=(FEW, UNBALANCED),
     clean=1,
     backdoored=1,
     calibration=3,
@@ -62,7 +62,7 @@ def _tiny_family():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(FAMILIES, "tiny", tiny)
         patch.setitem(zoo.SHARES, "bpp", 0.001)
-        patch.setitem(zoo.SHARES, "badnets", 0.3)
+        patch.setitem(zoo.SHARES, "badnets", 0.5)
         patch.setattr(run, "RATES", (0.01, 0.02))
         yield
 
@@ -94,20 +94,23 @@ def test_rows_have_exactly_the_keys_that_were_agreed(rows):
 
 def test_classifiers_that_calibrate_or_tune_are_not_reported(found, rows, folder):
     assert {row["seed"] for row in rows} == {zoo.FIRST_SEED}
-    calibration = {model.recipe for model, _ in found[0].calibration}
-    assert {recipe.seed for recipe in calibration} == {CALIBRATION_SEED + number for number in range(3)}
-    assert not calibration & {model.recipe for model, _ in found[0].judged}
+    for case, standard in found[0].standards.items():
+        calibration = {model.recipe for model, _ in standard.calibration}
+        assert {recipe.seed for recipe in calibration} == {CALIBRATION_SEED + number for number in range(3)}
+        assert {recipe.case for recipe in calibration} == {case}
+        assert not calibration & {model.recipe for model, _ in found[0].judged}
     with (folder / "out" / "models.csv").open() as file:
         roles = [row["role"] for row in csv.DictReader(file)]
-    assert roles.count("calibration") == 3
-    assert roles.count("reported") == 4
+    assert roles.count("calibration") == 6
+    assert roles.count("reported") == 6
 
 
 def test_verdicts_rest_on_the_calibrated_thresholds(found):
     for model, methods in found[0].judged:
         for name, one in methods.items():
-            by_chance = name == "ban" and model.recipe.attack == zoo.FEW
-            assert one.threshold == found[0].thresholds["ban-chance" if by_chance else name]
+            by_chance = name == "ban" and model.recipe.case == FEW
+            standard = found[0].standards[UNBALANCED if model.recipe.case == UNBALANCED else ""]
+            assert one.threshold == standard.thresholds["ban-chance" if by_chance else name]
             assert one.backdoored == (one.score > one.threshold)
             assert bool(one.reference) == (name == "ban" and not by_chance)
     evidence = found[0].judged[0][1]["ban"]
@@ -116,7 +119,8 @@ def test_verdicts_rest_on_the_calibrated_thresholds(found):
 
 def test_a_backdoor_that_did_not_take_is_named_and_left_out(found, rows, folder):
     assert [model.recipe.attack for model in found[0].not_taken] == ["bpp"]
-    assert {row["attack"] for row in rows} == {"none", "none (3 classes)", "badnets"}
+    unbalanced = "one class 10 times the others"
+    assert {row["attack"] for row in rows} == {"none", "none (3 classes)", f"none ({unbalanced})", "badnets", f"badnets ({unbalanced})"}
     page = (folder / "out" / "README.md").read_text()
     assert f"- tiny-bpp-{zoo.FIRST_SEED}: attack success" in page
     assert "| FeatureRE | not implemented |" in page
@@ -128,7 +132,7 @@ def test_every_goal_is_judged_and_a_small_zoo_does_not_meet_its_own(found, rows)
     assert len(verdicts) == 7
     assert next(verdict for goal, verdict in verdicts.items() if "zoo of at least" in goal) == "not met"
     assert next(verdict for goal, verdict in verdicts.items() if "detection accuracy" in goal) != "met"
-    assert next(verdict for goal, verdict in verdicts.items() if "few classes" in goal) != "met"  # two of the three cases are missing
+    assert next(verdict for goal, verdict in verdicts.items() if "few classes" in goal) != "met"  # one of the three cases is missing
     assert {verdict for _, _, verdict in goals([], [])} == {"not measured", "not met"}
 
 

@@ -123,7 +123,6 @@ def test_other_layouts_are_whole_repositories_with_the_same_contract(fused, byte
     assert steps == [f"{GUARD}_autoencoder", f"{GUARD}_classifier", f"{GUARD}_scorer"]
     alone = read_config(single / GUARD)
     assert (alone.platform, alone.backend, alone.instance_group[0].count) == ("", "python", 2)
-    assert read_config(single / f"{GUARD}_autoencoder").instance_group[0].count == 1
 
 
 def test_one_process_gives_the_staged_verdicts(single_server, report, staged_verdicts):
@@ -151,6 +150,25 @@ def test_no_image_is_malicious_in_one_process_too(single_server, pixels):
         for batch in (images, images[:1], images[1:2], images[2:3]):
             sent = triton_grpc.InferInput(contract.IMAGE, batch.shape, "FP32").set_data_from_numpy(batch)
             assert client.infer(GUARD, [sent]).as_numpy(contract.IS_MALICIOUS)[:3].all()
+
+
+def test_a_guard_in_one_process_whose_graph_lacks_a_tensor_does_not_load(single, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(single, copy)
+    shutil.copyfile(copy / GUARD / "1/classifier/model.onnx", copy / GUARD / "1/autoencoder/model.onnx")
+    with pytest.raises(NoisecError, match="scorer.npz needs .*NOISE_LEVEL.* which autoencoder/model.onnx does not make"):
+        EmbeddedServer(copy, check=False).start()
+
+
+def test_one_layout_in_place_of_another_is_served_after_a_refresh(fused, tmp_path, report, staged_verdicts):
+    copy = tmp_path / "copy"
+    shutil.copytree(fused, copy)
+    with EmbeddedServer(copy, model_control="explicit") as server, GuardClient(server.grpc_url, GUARD) as client:
+        rearrange(copy, GUARD, ServingSpec(layout="single"), copy)
+        server.refresh()
+        triton_grpc.InferenceServerClient(server.grpc_url).load_model(GUARD)
+        same(client.classify(report[:200].pixels), staged_verdicts)
+    assert manifest.verify_repository(copy) == []
 
 
 def test_where_a_verdict_fails_labels_are_still_given_and_no_verdict_is(blind_server, report, staged_verdicts):

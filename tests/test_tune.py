@@ -10,7 +10,7 @@ from conftest import GUARD, REPOSITORY
 
 from noisec import manifest
 from noisec.benchmarks.throughput.load import Load
-from noisec.benchmarks.throughput.tuning import Trial, Wish, axes, tune, tuning_rows
+from noisec.benchmarks.throughput.tuning import Trial, Wish, axes, tune, tuning_rows, without_effect
 from noisec.builders.layout import rearrange
 from noisec.builders.repository import read_config
 from noisec.builders.spec import GuardSpec, ServingSpec
@@ -34,12 +34,20 @@ def test_a_sweep_keeps_to_its_budget_and_leaves_the_repository_alone(tmp_path):
 
 
 def test_every_axis_leaves_out_the_present_value():
-    layouts, instances, _, _, largest = axes(ServingSpec(instances=2), True, 4, 1)
-    assert layouts == [{"layout": "fused"}, {"layout": "single", "instances": 4}]
+    layouts, instances, _, _, largest = axes(ServingSpec(instances=2), "onnxruntime", 4, 1)
+    assert layouts == [{"layout": "fused"}, {"layout": "fused", "instances": 4}, {"layout": "single", "instances": 4}]
     assert instances == [{"instances": 1}, {"instances": 4}]
     assert largest == [{"max_batch_size": 16}, {"max_batch_size": 128}]
-    assert axes(ServingSpec(layout="fused"), False, 4, 1)[0] == []
-    assert axes(ServingSpec(), True, 2, 32)[-1] == [{"max_batch_size": 32}, {"max_batch_size": 128}]
+    assert axes(ServingSpec(layout="fused"), "tensorrt", 4, 1)[0] == [{"instances": 2}, {"instances": 4}]
+    assert axes(ServingSpec(layout="fused", instances=4), "onnxruntime", 4, 1)[0] == [{"layout": "single", "instances": 4}]
+    assert axes(ServingSpec(), "onnxruntime", 2, 32)[-1] == [{"max_batch_size": 32}, {"max_batch_size": 128}]
+
+
+def test_what_has_no_effect_is_not_measured():
+    delay = {"scorer_delay_microseconds": 100}
+    assert without_effect(ServingSpec(layout="single"), delay)
+    assert not without_effect(ServingSpec(layout="single"), {"queue_delay_microseconds": 100})
+    assert not without_effect(ServingSpec(layout="fused"), delay)
 
 
 def test_a_setting_within_the_bound_beats_every_one_outside():

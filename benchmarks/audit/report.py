@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 
 from noisec.benchmarks.audit.zoo import ATTACKS, AUGMENTED, CLEAN, DEVIATION, FEW, FEW_CLASSES, HARD, IMBALANCE, TOOK, UNBALANCED, Model
 from noisec.builders.audit.evidence import Evidence
+from noisec.builders.audit.reference import Reference
 from noisec.builders.figures import markdown_table, percent
 
 KEYS = (
@@ -50,11 +51,12 @@ Row = dict[str, Any]
 
 INTRODUCTION = f"""A classifier is called backdoored where a method's score lies above a threshold. Thresholds are fitted for each family
 and method to further clean classifiers, which are in no table (`calibrate`; the rate is nominal, from a distribution fitted to few
-scores). BAN with this project's settings compares each label's share with what it is among the same family's further clean classifiers,
-where a classifier has their classes in their balance (all but those of few classes and of unbalanced data, which are compared with
-chance). Neural Cleanse has no such score, is slow, and judges a part of the zoo at its paper's anomaly index. BTI-DBF is written anew
-from its paper. A backdoor whose attack success is below {percent(TOOK, 0)} did not take: it is named and counts nowhere. The
-classifiers of the hard clean cases are trained on what they are named after; a defender audits them with images like all others'."""
+scores). BAN with this project's settings compares each label's share with what it is among these classifiers, where a classifier has
+their classes in their balance; those of unbalanced data, clean or backdoored, have further clean ones of the same imbalance to be
+compared with, for all methods, and those of few classes are compared with chance. Neural Cleanse has no such score, is slow, and
+judges a part of the zoo at its paper's anomaly index. BTI-DBF is written anew from its paper. A backdoor whose attack success is
+below {percent(TOOK, 0)} did not take: it is named and counts nowhere. The classifiers of the hard clean cases are trained on what they
+are named after; a defender audits them with images like all others'."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,22 @@ class Repaired:
 
 
 @dataclass(frozen=True)
+class Standard:
+    """Clean classifiers that are in no table, and what was fitted to them."""
+
+    calibration: tuple[tuple[Model, Mapping[str, Evidence]], ...]
+    reference: Reference
+    thresholds: Mapping[str, float]
+    """of each calibrated method"""
+
+
+@dataclass(frozen=True)
 class Found:
     """One family."""
 
     family: str
-    thresholds: Mapping[str, float]
-    """of each calibrated method"""
-    calibration: tuple[tuple[Model, Mapping[str, Evidence]], ...]
+    standards: Mapping[str, Standard]
+    """hard case, or empty for classifiers of all the training images -> what such a classifier is compared with"""
     judged: tuple[tuple[Model, Mapping[str, Evidence]], ...]
     """what is reported"""
     not_taken: tuple[Model, ...]
@@ -113,9 +124,10 @@ def _write_csv(rows: Sequence[Row], keys: Sequence[str], path: Path) -> None:
 
 
 def attack_name(model: Model) -> str:
-    """A trigger, or ``none``, with the hard case where it is one."""
-    case = model.recipe.attack
-    return f"{CLEAN} ({CASES[case]})" if case in CASES else case
+    """A trigger, or ``none``, with the hard case where its training images are one."""
+    attack = model.recipe.attack if model.recipe.backdoored else CLEAN
+    case = model.recipe.on or model.recipe.attack
+    return f"{attack} ({CASES[case]})" if case in CASES else attack
 
 
 def rows_of(found: Sequence[Found]) -> list[Row]:
@@ -151,7 +163,7 @@ def _model_rows(found: Sequence[Found]) -> list[Row]:
     """Every classifier, those that only calibrated among them, with its recipe."""
     rows = []
     for family in found:
-        for model in [*(one for one, _ in family.judged), *family.not_taken, *(one for one, _ in family.calibration)]:
+        for model in [*(one for one, _ in family.judged), *family.not_taken, *calibrating(family)]:
             recipe = model.recipe
             rows.append(
                 {
@@ -162,6 +174,11 @@ def _model_rows(found: Sequence[Found]) -> list[Row]:
                 }
             )  # fmt: skip
     return rows
+
+
+def calibrating(family: Found) -> list[Model]:
+    """Those that are compared with."""
+    return [model for standard in family.standards.values() for model, _ in standard.calibration]
 
 
 # --- tables --------------------------------------------------------------------------------------------------------------------------
@@ -184,7 +201,8 @@ def as_markdown(found: Sequence[Found], rows: Sequence[Row], facts: Mapping[str,
 
 
 def _detection(found: Sequence[Found]) -> str:
-    attacks = [name for name in ATTACKS if any(model.recipe.attack == name for one in found for model, _ in one.judged)]
+    bad = [model for one in found for model, _ in one.judged if model.recipe.backdoored]
+    attacks = dict.fromkeys(map(attack_name, sorted(bad, key=lambda model: (model.recipe.on, ATTACKS.index(model.recipe.attack)))))
     columns = {"clean": (CLEAN,), "hard clean": HARD, **{name: (name,) for name in attacks}}
     table = []
     for method, title in METHODS.items():
@@ -227,10 +245,13 @@ def _false_alarms(rows: Sequence[Row]) -> str:
 def _thresholds(found: Sequence[Found]) -> str:
     table = []
     for one in found:
-        for method, threshold in one.thresholds.items():
-            scores = [methods[method].score for _, methods in one.calibration]
-            table.append([one.family, METHODS[method], str(len(scores)), f"{min(scores):.3f} to {max(scores):.3f}", f"{threshold:.3f}"])
-    return "Thresholds:\n\n" + markdown_table(["architecture", "method", "calibration classifiers", "their scores", "threshold"], table)
+        for case, standard in one.standards.items():
+            for method, threshold in standard.thresholds.items():
+                scores = [methods[method].score for _, methods in standard.calibration]
+                shown = [str(len(scores)), f"{min(scores):.3f} to {max(scores):.3f}", f"{threshold:.3f}"]
+                table.append([one.family, CASES.get(case, "all"), METHODS[method], *shown])
+    heads = ["architecture", "training images", "method", "calibration classifiers", "their scores", "threshold"]
+    return "Thresholds:\n\n" + markdown_table(heads, table)
 
 
 def _left_out(found: Sequence[Found]) -> str:
@@ -272,7 +293,7 @@ def _repairs(found: Sequence[Found]) -> str:
             table += [[family.family, title, "mean", *_repair_means(repairs)]] if repairs else []
     heads = ["architecture", "learning rate", "attack", "n", "accuracy before", "after", "attack success before", "after", "seconds"]
     return (
-        "The first seed of each backdoor; the paper's learning rate on the first backdoor.\n\n"
+        "The first seed of each backdoor on all the training images; the paper's learning rate on the first backdoor.\n\n"
         + markdown_table(heads, table)
         + "\n\n"
         + _rates(found)

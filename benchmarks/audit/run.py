@@ -17,12 +17,11 @@ import torch
 from torch import nn
 
 from noisec.benchmarks.audit.families import FAMILIES
-from noisec.benchmarks.audit.report import Found, Repaired, write_results
+from noisec.benchmarks.audit.report import Found, Repaired, Standard, write_results
 from noisec.benchmarks.audit.zoo import (
     ATTACKS,
     CALIBRATION_SEED,
     CLEAN,
-    FEW,
     FIRST_SEED,
     HARD,
     TUNING_SEED,
@@ -37,7 +36,7 @@ from noisec.builders.audit.ban import AuditSettings, audit, calibrate
 from noisec.builders.audit.baselines import CleanseSettings, DecouplingSettings, bti_dbf, neural_cleanse
 from noisec.builders.audit.evidence import Evidence
 from noisec.builders.audit.measure import accuracy, attack_success
-from noisec.builders.audit.reference import Reference, fit_reference, judged_by
+from noisec.builders.audit.reference import fit_reference, judged_by
 from noisec.builders.audit.repair import RepairSettings, repair
 from noisec.builders.build import versions
 from noisec.builders.images import Images
@@ -50,7 +49,7 @@ FALSE_ALARM = 0.05
 """nominal, of every calibrated method"""
 REPAIR_SHARE = 0.05
 """of the training images: what the paper repairs with"""
-RATES = (0.05, 0.1)
+RATES = (0.05, 0.1, 0.2)
 """learning rates of the repair from which one is chosen for each family"""
 MOST_LOST = 0.03
 """clean accuracy that the chosen rate may cost"""
@@ -81,6 +80,8 @@ class Plan:
     """seeds of each backdoor in each family"""
     calibration: int = 5
     """further clean seeds in each family, on which alone the thresholds are fitted"""
+    references: int = 3
+    """further clean classifiers of unbalanced data in each family, for those of unbalanced data to be compared with"""
     epochs: int = 1
     cleansed: tuple[str, ...] = (CLEAN, "badnets")
     """attacks whose first seed Neural Cleanse judges too, in the first family; it is slow"""
@@ -90,11 +91,17 @@ class Plan:
         """The classifiers that are reported."""
         clean = [Recipe(family, CLEAN, FIRST_SEED + number) for number in range(self.clean)]
         bad = [Recipe(family, attack, FIRST_SEED + number) for attack in self.attacks for number in range(self.backdoored)]
+        if UNBALANCED in self.hard:
+            bad += [Recipe(family, attack, FIRST_SEED, on=UNBALANCED) for attack in self.attacks[:1]]
         return [*clean, *(Recipe(family, case, FIRST_SEED) for case in self.hard), *bad]
 
-    def calibrating(self, family: str) -> list[Recipe]:
-        """The clean classifiers that are not."""
-        return [Recipe(family, CLEAN, CALIBRATION_SEED + number, "calibration") for number in range(self.calibration)]
+    def calibrating(self, family: str) -> dict[str, list[Recipe]]:
+        """The clean classifiers that are not: hard case, or empty, -> those that its classifiers are compared with."""
+        counts = {"": self.calibration, **({UNBALANCED: self.references} if UNBALANCED in self.hard else {})}
+        return {
+            case: [Recipe(family, case or CLEAN, CALIBRATION_SEED + number, "calibration") for number in range(count)]
+            for case, count in counts.items()
+        }
 
 
 class Benchmark:
@@ -109,7 +116,7 @@ class Benchmark:
         self.bench = Workbench(work / "audit")
         self.zoo = Zoo(self.bench, data, plan.epochs)
         self.machine = {"threads": torch.get_num_threads(), "device": DEVICE.type}
-        self.total = sum(len(plan.calibrating(family)) + len(plan.recipes(family)) for family in plan.families)
+        self.total = sum(len(part) for one in plan.families for part in (*plan.calibrating(one).values(), plan.recipes(one)))
         self.shown = 0
 
     def run(self) -> list[Found]:
@@ -117,27 +124,32 @@ class Benchmark:
 
     def family(self, name: str) -> Found:
         """One family: thresholds from its calibration models first, then everything that is reported."""
-        calibration = [(model, self.judge(model)) for model in map(self._next, self.plan.calibrating(name))]
-        reference = fit_reference([found["ban"].histogram for _, found in calibration], FALSE_ALARM)
-        compared = [
-            (model, {**found, "ban": replace(found["ban"], score=score)})
-            for (model, found), score in zip(calibration, reference.scores, strict=True)
-        ]
-        thresholds = {method: calibrate([found[method].score for _, found in compared], FALSE_ALARM) for method in compared[0][1]}
+        standards = {case: self.standard(recipes) for case, recipes in self.plan.calibrating(name).items()}
         models = [self._next(recipe) for recipe in self.plan.recipes(name)]
-        judged = [(model, judged_at(against(self.judge(model), reference, model), thresholds)) for model in models if model.took]
+        judged = [(model, judged_against(self.judge(model), standards, model.recipe.case)) for model in models if model.took]
         rate, tried = self.choose_rate(name) if self.plan.attacks else (0.0, {})
-        bad = [model for model in models if model.recipe.backdoored and model.took and model.recipe.seed == FIRST_SEED]
+        bad = [one for one in models if one.recipe.backdoored and one.took and one.recipe.seed == FIRST_SEED and not one.recipe.on]
         return Found(
             family=name,
-            thresholds=thresholds,
-            calibration=tuple(compared),
+            standards=standards,
             judged=tuple(judged),
             not_taken=tuple(model for model in models if not model.took),
             rate=rate,
             tried=tried,
             repaired=tuple(self.repaired(model, rate) for model in bad),
             repaired_as_published=tuple(self.repaired(model, self.plan.methods.repair.learning_rate) for model in bad[:1]),
+        )
+
+    def standard(self, recipes: Sequence[Recipe]) -> Standard:
+        """What clean classifiers say of others like them."""
+        calibration = [(model, self.judge(model)) for model in map(self._next, recipes)]
+        reference = fit_reference([found["ban"].histogram for _, found in calibration], FALSE_ALARM)
+        own = [
+            (model, {**found, "ban": replace(found["ban"], score=score)})
+            for (model, found), score in zip(calibration, reference.scores, strict=True)
+        ]
+        return Standard(
+            tuple(own), reference, {name: calibrate([found[name].score for _, found in own], FALSE_ALARM) for name in own[0][1]}
         )
 
     def _next(self, recipe: Recipe) -> Model:
@@ -156,13 +168,13 @@ class Benchmark:
         }
         settings = {name: {key: value for key, value in asdict(one).items() if key != "threshold"} for name, one in calibrated.items()}
         first = recipe.seed == FIRST_SEED and recipe.family == next(iter(FAMILIES))
-        with_cleanse = first and recipe.attack in self.plan.cleansed
+        with_cleanse = first and recipe.attack in self.plan.cleansed and not recipe.on
         if with_cleanse:
             settings["neural-cleanse"] = asdict(methods.cleanse)
         inputs = {"model": self.zoo.key(recipe), "settings": settings, "audit images": len(self.data.audit), **self.machine}
 
         def make(folder: Path) -> None:
-            data = self.data.of(recipe.attack)
+            data = self.data.of(recipe.case)
             counts = np.bincount(data.train.labels, minlength=model.classes)
             found = gather(self.zoo.network(model), data.audit, model.classes, counts, methods, with_cleanse)
             (folder / "evidence.json").write_text(json.dumps({name: asdict(one) for name, one in found.items()}))
@@ -243,10 +255,16 @@ def _warm_up() -> None:
     bti_dbf(network, images, 10, DecouplingSettings(samples=80, mask_epochs=1, epochs=1))
 
 
-def against(found: Mapping[str, Evidence], reference: Reference, model: Model) -> dict[str, Evidence]:
-    """BAN's evidence against clean classifiers of the family, where they have the same classes in the same balance; else against chance."""
-    alike = model.recipe.attack not in (FEW, UNBALANCED)
-    return {**found, "ban": judged_by(found["ban"], reference)} if alike else dict(found)
+def judged_against(found: Mapping[str, Evidence], standards: Mapping[str, Standard], case: str) -> dict[str, Evidence]:
+    """Evidence with the verdicts that clean classifiers of the family give it.
+
+    They are those of the same hard case where there are any, else those of all the training images; as the classes are not the same then,
+    BAN stands against chance.
+    """
+    if case in standards:
+        own = standards[case]
+        return judged_at({**found, "ban": judged_by(found["ban"], own.reference)}, own.thresholds)
+    return judged_at(found, standards[""].thresholds)
 
 
 def judged_at(found: Mapping[str, Evidence], thresholds: Mapping[str, float]) -> dict[str, Evidence]:
@@ -268,8 +286,10 @@ def check_plan(plan: Plan) -> None:
     unknown = sorted(set(plan.families) - set(FAMILIES))
     if unknown or not plan.families:
         raise NoisecError(f"no family {', '.join(unknown) or 'named'}; choose of {', '.join(FAMILIES)}")
-    if plan.calibration < 3 or plan.clean < 1 or plan.epochs < 1:
-        raise NoisecError("audit benchmark: at least 3 calibration models a family, 1 clean model and 1 epoch are needed")
+    if min(plan.calibration, plan.references) < 3 or plan.clean < 1 or plan.epochs < 1:
+        raise NoisecError(
+            "audit benchmark: at least 3 calibration models a family, 3 references of unbalanced data, 1 clean model and 1 epoch are needed"
+        )
 
 
 def run_benchmark(plan: Plan, work: Path, out: Path, command: str, data: Data | None = None) -> list[Found]:
@@ -299,7 +319,8 @@ def _facts(benchmark: Benchmark, found: Sequence[Found], command: str, seconds: 
         "seconds of all finished steps": round(spent(benchmark.bench)),
         "nominal false-alarm rate": FALSE_ALARM,
         "known beforehand": "BAN's settings were chosen while looking at four ResNets, two of which are reported; the comparison with "
-        "clean classifiers of the family and the repair's 25 epochs came after a first look at the zoo's verdicts",
+        "clean classifiers of the family and the repair's 25 epochs came after a first look at the zoo's verdicts, the comparison of "
+        "unbalanced ones with unbalanced ones and the repair's rate of .2 after a second",
         "settings": {name: asdict(one) for name, one in vars(plan.methods).items()},
     }
 

@@ -59,7 +59,8 @@ class Data:
         return int(self.train.labels.max()) + 1
 
     def of(self, case: str) -> Data:
-        """The sets of a hard case: fewer classes, or one class with `IMBALANCE` times as many training images as each other."""
+        """The sets of a hard case: fewer classes, or one class with `IMBALANCE` times as many training images as each other; of any other
+        case these."""
         if case == FEW:
             parts = (one[np.flatnonzero(one.labels < FEW_CLASSES)] for one in (self.train, self.audit, self.test))
             return Data(self.name, *parts)
@@ -90,6 +91,13 @@ class Recipe:
     """`CLEAN`, one of `HARD`, or a trigger"""
     seed: int
     role: Role = "reported"
+    on: str = ""
+    """`UNBALANCED` where a backdoored one has that case's training images; empty for all the images"""
+
+    @property
+    def case(self) -> str:
+        """The hard case of its training images (`Data.of`); empty for all of them."""
+        return self.attack if self.attack in (FEW, UNBALANCED) else self.on
 
     @property
     def backdoored(self) -> bool:
@@ -106,7 +114,7 @@ class Recipe:
 
     @property
     def text(self) -> str:
-        return f"{self.family}-{self.attack}-{self.seed}"
+        return "-".join(filter(None, (self.family, self.attack, str(self.seed), self.on)))
 
 
 @dataclass(frozen=True)
@@ -150,7 +158,8 @@ class Zoo:
         """All that a classifier depends on."""
         data = self.data
         settings = {"batch": BATCH, "rate": LEARNING_RATE, "share": recipe.share, "warp": WARP if recipe.attack == "wanet" else 0}
-        return {**asdict(recipe), "epochs": self.epochs, "data": data.name, "images": len(data.train), "test": len(data.test), **settings}
+        chosen = {name: value for name, value in asdict(recipe).items() if value != ""}
+        return {**chosen, "epochs": self.epochs, "data": data.name, "images": len(data.train), "test": len(data.test), **settings}
 
     def model(self, recipe: Recipe) -> Model:
         """The classifier, trained now or in an earlier run."""
@@ -180,7 +189,7 @@ class Zoo:
 
     def _train(self, recipe: Recipe, folder: Path) -> None:
         self.trained += 1
-        data = self.data.of(recipe.attack)
+        data = self.data.of(recipe.case)
         trigger = self.trigger(recipe) if recipe.backdoored else None
         target = recipe.target(data.classes)
         images = data.train

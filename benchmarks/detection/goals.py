@@ -11,8 +11,8 @@ from noisec.benchmarks.detection import published
 from noisec.benchmarks.detection.cells import Cell
 from noisec.benchmarks.detection.rows import (
     DASH,
-    UNPOISONED,
     Row,
+    alarms,
     choose,
     data_name,
     detectors_of,
@@ -29,7 +29,6 @@ from noisec.benchmarks.detection.rows import (
     standing,
     successful,
     three,
-    values_of,
 )
 from noisec.builders.figures import markdown_table, percent
 
@@ -145,7 +144,7 @@ def _never_behind(rows: Sequence[Row]) -> Judged:
 
 
 def _alarms(rows: Sequence[Row], images: str, figure: str) -> Judged:
-    values = values_of(choose(rows, "honest", UNPOISONED, "default"), figure)
+    values = alarms(rows, figure)
     met = all(FPR_BOUNDS[0] <= value <= FPR_BOUNDS[1] for value in values)
     return f"false alarms on {images} at a nominal 1 %: .5 % to 1.5 %", range_of(values), _judge(met, bool(values))
 

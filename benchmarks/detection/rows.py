@@ -173,6 +173,15 @@ def values_of(rows: Iterable[Row], figure: str) -> list[float]:
     return [mean for mean in (row.mean(figure) for row in rows) if mean is not None]
 
 
+def alarms(rows: Iterable[Row], figure: str) -> list[float]:
+    """Each guard's own false-alarm rate on harmless images, mean over seeds; all rows of one seed have the same."""
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for cell in (cell for row in choose(rows, "honest", UNPOISONED, "default") for cell in row.cells):
+        if getattr(cell, figure) is not None:
+            found.setdefault((cell.dataset, cell.guard), {})[cell.seed] = getattr(cell, figure)
+    return [float(np.mean(list(of_seeds.values()))) for of_seeds in found.values()]
+
+
 def figures_of(found: Mapping[str, Sequence[Row]]) -> dict[str, tuple[float, float]]:
     """Attack -> AUROC and TPR at 1 %; without attacks that left nothing to detect."""
     figures = {name: [values_of(group, figure) for figure in ("auroc", "tpr_at_1pct")] for name, group in found.items()}

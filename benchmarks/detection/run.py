@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -43,6 +43,7 @@ from noisec.builders.workbench import Workbench
 SLOW = ("cw", "deepfool", "autoattack", "hopskipjump")
 """methods that attack fewer images"""
 NOISY_SEED = 11
+REPEATED = "; those after the first repeat the faster white-box attacks, on other draws of the same report images"
 AVERAGED = ("auroc", "tpr_at_1pct", "tpr_at_5pct", "fpr", "fpr_natural_noise", "success", "joint_success")
 """figures of a cell that stand for several groups of images as their mean"""
 
@@ -141,10 +142,7 @@ class Benchmark:
         detectors = self.detectors()
         self._keep("clean", detectors, self.clean)
         self._keep("natural noise", detectors, self.noisy)
-        for name in self.plan.attacks:
-            spec = AttackSpec.parse(name)
-            images = self.targets[: self.plan.sizes.slow] if spec.method in SLOW else self.targets
-            self.white_box(spec, images, detectors)
+        self.white_boxes(self.attacks, detectors)
         for name in self.plan.black_box:
             self.replayed(AttackSpec.parse(name), detectors)
         for eps in self.plan.ladder:
@@ -155,6 +153,19 @@ class Benchmark:
                 self.query(self.plan.ladder[0], with_score)
         for name in self.plan.triggers:
             self.backdoor(name)
+
+    def repeat(self) -> None:
+        """What further seeds repeat: the white-box attacks on another draw of the report images, without the slow ones."""
+        self.white_boxes([spec for spec in self.attacks if spec.method not in SLOW], self.detectors())
+
+    @property
+    def attacks(self) -> list[AttackSpec]:
+        return [AttackSpec.parse(name) for name in self.plan.attacks]
+
+    def white_boxes(self, attacks: Sequence[AttackSpec], detectors: Mapping[str, Calibrated]) -> None:
+        """Every attack on the classifier itself."""
+        for spec in attacks:
+            self.white_box(spec, self.targets[: self.plan.sizes.slow] if spec.method in SLOW else self.targets, detectors)
 
     def white_box(self, spec: AttackSpec, images: Images, detectors: Mapping[str, Calibrated]) -> None:
         """One attack with the classifier in hand, under both protocols."""
@@ -270,7 +281,7 @@ class Benchmark:
         self.cells += [replace(cell, guard=self.subject.name) for cell in other.cells]
 
     def _keep(self, name: str, detectors: Mapping[str, Calibrated], sent: Sent) -> None:
-        found = {one: detectors[one].score(sent) for one in ("default", PUBLISHED) if one in detectors}
+        found = {one: self._score(detectors[one], sent) for one in ("default", PUBLISHED) if one in detectors}
         self.scores[self.subject.name, name] = found
 
     def _cell(self, *args: Any, **kwargs: Any) -> None:
@@ -347,17 +358,26 @@ def shuffled_noise(clean: Floats, attacked: Floats, seed: int) -> Floats:
     return result
 
 
-def run_benchmark(subject: Subject, plan: Plan, work: Path, out: Path, seed: int, command: str) -> list[Cell]:
-    """Measure one guard and write its tables and plots into ``out``; interrupted with Ctrl-C, what is finished."""
+def run_benchmark(subject: Subject, plan: Plan, work: Path, out: Path, seed: int, command: str, seeds: int = 1) -> list[Cell]:
+    """Measure one guard and write its tables and plots into ``out``; interrupted with Ctrl-C, what is finished.
+
+    Args:
+        seeds: how many, from ``seed`` on; those after the first repeat the white-box attacks, the slow ones left out
+    """
     start = time.monotonic()
     benchmark = Benchmark(subject, plan, work, seed)
+    cells = benchmark.cells
     try:
         benchmark.run()
+        for further in range(seed + 1, seed + seeds):
+            other = Benchmark(subject, plan, work, further)
+            other.cells = cells
+            other.repeat()
     except KeyboardInterrupt:
         console.print("interrupted: writing the cells that are finished; the same command goes on from here")
     facts = {
         "command": command,
-        "seed": seed,
+        "seed": ", ".join(map(str, sorted({cell.seed for cell in cells}))) + REPEATED * (seeds > 1),
         "versions": {**versions(), "torch": torch.__version__},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}",
         "seconds": round(time.monotonic() - start),
@@ -367,6 +387,6 @@ def run_benchmark(subject: Subject, plan: Plan, work: Path, out: Path, seed: int
         "backdoored classifiers": f"the guard's own, trained on for {SCHEDULE.epochs} epochs with {TRAINED_ON} partly poisoned images; "
         f"a guided denoiser is trained anew for each, for {GUIDED_EPOCHS} epoch",
     }
-    write_results(benchmark.cells, benchmark.scores, facts, out)
-    console.print(f"{out}: {len(benchmark.cells)} cells")
-    return benchmark.cells
+    write_results(cells, benchmark.scores, facts, out)
+    console.print(f"{out}: {len(cells)} cells")
+    return cells

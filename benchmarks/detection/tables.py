@@ -15,6 +15,7 @@ from noisec.benchmarks.detection.rows import (
     UNPOISONED,
     Paired,
     Row,
+    alarms,
     choose,
     data_name,
     detectors_of,
@@ -58,9 +59,9 @@ def _honest(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 def false_positives(rows: Sequence[Row]) -> str:
     shown = [
-        f"{name} {range_of(values_of(choose(rows, 'honest', UNPOISONED, 'default'), figure))}"
+        f"{name} {range_of(alarms(rows, figure))}"
         for name, figure in (("clean images", "fpr"), ("clean images with natural noise", "fpr_natural_noise"))
-        if values_of(choose(rows, "honest", UNPOISONED, "default"), figure)
+        if alarms(rows, figure)
     ]
     return f"False alarms at a nominal 1 %: {', '.join(shown)}." if shown else ""
 

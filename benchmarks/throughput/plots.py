@@ -44,9 +44,7 @@ def _latency(rows: Sequence[Row], capacity: float, path: Path) -> None:
     for name in ("p50_ms", "p95_ms", "p99_ms"):
         values = [middle([row for row in arrivals if row.rate == rate], name) for rate in rates]
         axes.plot([rate / capacity for rate in rates], values, marker="o", label=name.removesuffix("_ms"))
-    axes.set(
-        xlabel="arrivals, as a share of the throughput of single images", ylabel="ms", yscale="log", title="Latency from arrival to answer"
-    )
+    axes.set(xlabel="arrivals, as a share of the throughput of single images", ylabel="ms", yscale="log", title="Latency of single images")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -62,9 +62,9 @@ def of_speed(part: Part, speed: Speed) -> Row:
     return Row(part, speed.what, "in process", speed.batch, speed.processes, 0, speed.per_second, speed.p50_ms, NONE, NONE, 0, note)
 
 
-def of_perf(part: Part, perf: Perf, note: str = "") -> Row:
+def of_perf(part: Part, perf: Perf, rate: float = 0, note: str = "") -> Row:
     times = (perf.p50_ms, perf.p95_ms, perf.p99_ms)
-    return Row(part, GUARD, "perf_analyzer", perf.batch, perf.clients, 0, perf.per_second, *times, 0, note)
+    return Row(part, GUARD, "perf_analyzer", perf.batch, perf.clients, rate, perf.per_second, *times, 0, note)
 
 
 def of_load(part: Part, what: str, load: Load, batch: int, clients: int = 0, rate: float = 0, note: str = "") -> Row:

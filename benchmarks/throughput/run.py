@@ -178,9 +178,11 @@ class Benchmark:
     def arrivals(self) -> None:
         """Single images at Poisson arrivals, at shares of the throughput that many clients reach."""
         for load in self.plan.loads:
-            for turn in range(self.plan.rounds if load == 0.5 else 1):
-                found = self.load.open([self._both(1)], self._rate(load), max(2.0, self.plan.seconds), turn)
-                self.rows.append(of_load("arrivals", GUARD, found, 1, rate=self._rate(load), note=f"{load:g} of the throughput"))
+            for _ in range(self.plan.rounds if load == 0.5 else 1):
+                found = self.perf.measure(
+                    self.url, self.target.guard, self.data, 1, 0, max(2.0, self.plan.seconds), rate=round(self._rate(load), 1)
+                )
+                self.rows.append(of_perf("arrivals", found, self._rate(load), f"{load:g} of the throughput"))
 
     def mixed(self) -> None:
         """Several batch sizes and choices of outputs at once."""
@@ -221,7 +223,7 @@ class Benchmark:
 
     def _perf(self, part: Part, batch: int, clients: int, *, shared_memory: bool = False) -> None:
         found = self.perf.measure(self.url, self.target.guard, self.data, batch, clients, self.plan.seconds, shared_memory=shared_memory)
-        self.rows.append(of_perf(part, found, "shared memory" if shared_memory else ""))
+        self.rows.append(of_perf(part, found, note="shared memory" if shared_memory else ""))
 
     @contextmanager
     def _observed(self, during: str) -> Iterator[None]:

@@ -6,7 +6,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -77,24 +77,27 @@ class Tuning:
     """whether the budget was enough for every axis"""
 
 
-def axes(present: ServingSpec, plain: bool, cores: int, batch: int) -> list[list[dict[str, Any]]]:
+def axes(present: ServingSpec, runtime: str, cores: int, batch: int) -> list[list[dict[str, Any]]]:
     """Changes of the serving settings that are tried with requests of ``batch`` images, axis by axis; the ones that matter most first.
 
-    A guard in one process is tried with one for each core: with fewer of them it leaves cores idle.
-
-    Args:
-        plain: whether the guard is staged and takes floats, so that other layouts can be made of it
+    A guard in one process is tried with one for each core: with fewer of them it leaves cores idle. TensorRT plans stay in their layout.
     """
     largest = present.max_batch_size
-    layouts: list[dict[str, Any]] = [{"layout": "staged"}, {"layout": "fused"}, {"layout": "single", "instances": cores}] if plain else []
+    layouts: list[dict[str, Any]] = [{"layout": "fused"}, {"layout": "fused", "instances": cores}, {"layout": "single", "instances": cores}]
     others: dict[str, list[int]] = {
         "instances": sorted({1, 2, cores}),
         "scorer_delay_microseconds": [0, 100, 300],
         "queue_delay_microseconds": [0, 200, 1000],
         "max_batch_size": sorted({max(batch, largest // 4), 2 * largest}),
     }
-    found: list[list[dict[str, Any]]] = [layouts, *([{name: value} for value in values] for name, values in others.items())]
+    further: list[list[dict[str, Any]]] = [[{name: value} for value in values] for name, values in others.items()]
+    found = [layouts, *further] if runtime == "onnxruntime" else further
     return [[change for change in axis if present.model_copy(update=change) != present] for axis in found]
+
+
+def without_effect(serving: ServingSpec, change: Mapping[str, Any]) -> bool:
+    """Whether a change says nothing to a guard that is served so: one in a single process has no scorer stage that could wait."""
+    return serving.layout == "single" and set(change) == {"scorer_delay_microseconds"}
 
 
 def tune(repository: Path, guard: str, wish: Wish, seconds: float, cache: Path, measure_seconds: float = 1.5) -> Tuning:
@@ -113,8 +116,7 @@ def tune(repository: Path, guard: str, wish: Wish, seconds: float, cache: Path, 
     present = target.spec.serving
     if wish.batch > present.max_batch_size:
         raise NoisecError(f"--batch {wish.batch}: {guard} takes at most {present.max_batch_size} images in a request")
-    plain = (present.layout, present.input) == ("staged", "float32") and target.spec.runtime == "onnxruntime"
-    open_axes = axes(present, plain, os.cpu_count() or 1, wish.batch)
+    open_axes = axes(present, target.spec.runtime, os.cpu_count() or 1, wish.batch)
     deadline, cost = time.monotonic() + seconds, 0.0
     steps = 1 + sum(map(len, open_axes))
     with generator(target.images(cache)) as load, served(target, present) as url, bar("tuning", steps) as shown:
@@ -123,12 +125,12 @@ def tune(repository: Path, guard: str, wish: Wish, seconds: float, cache: Path, 
         best, complete = trials[0], True
         for axis in open_axes:
             for change in axis:
-                start = time.monotonic()
+                start, serving = time.monotonic(), best.serving.model_copy(update=change)
+                if serving in [one.serving for one in trials] or without_effect(serving, change):
+                    shown.advance("nothing to measure")
+                    continue
                 if start + cost > deadline:
                     complete = False
-                    continue
-                serving = best.serving.model_copy(update=change)
-                if serving in [one.serving for one in trials] or (serving.layout == "single" and "scorer_delay_microseconds" in change):
                     continue
                 with served(target, serving) as other:
                     trials.append(_in_turns(measure, serving, url, other))

@@ -1,1 +1,2 @@
-"""The scorer stage: NumPy only, self-contained, copied as it is into every model repository."""
+"""What runs inside the server, copied as it is into model repositories: the scorer stage (NumPy only), and around it a guard in one
+process, which needs ONNX Runtime as well."""

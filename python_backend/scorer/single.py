@@ -30,6 +30,9 @@ class TritonPythonModel:
         self.beside = ThreadPoolExecutor(1)
         """for the image's own pass where one image is all there is: nothing waits then, and another core is likely free"""
         self.made = [output.name for output in self.autoencoder.get_outputs() if output.name in self.scorer.inputs]
+        missing = set(self.scorer.inputs) - {*self.made, IMAGE_PENULTIMATE}
+        if missing:
+            raise ValueError(f"scorer.npz needs {sorted(missing)}, which autoencoder/model.onnx does not make")
 
     def compute(self, arrays: Arrays, wanted: Sequence[str]) -> Arrays:
         """IMAGE [n, C, H, W] -> [n, ...] for each output; the classifier alone where only the label is wanted."""

@@ -373,6 +373,7 @@ def detection(
     queries: Annotated[int, typer.Option(help="Of the query attacker, for each image.", min=1)] = 1000,
     square: Annotated[int, typer.Option(help="Queries of Square and HopSkipJump.", min=1)] = 1000,
     seed: Annotated[int, typer.Option(help="Of every attack.", min=0)] = 0,
+    seeds: Annotated[int, typer.Option(help="From --seed on; those after the first repeat the faster white-box attacks.", min=1)] = 1,
     work: Annotated[Path, typer.Option(help="The folder that the guard was built in; keeps finished attacks.")] = Path("workbench"),
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for tables and plots.")] = Path("benchmarks/results/detection"),
 ) -> None:
@@ -386,7 +387,7 @@ def detection(
     sizes = Sizes(images, slow, laddered, queries, square)
     plan = Plan(_parts(attacks), _parts(black_box), tuple(map(float, _parts(ladder))), _parts(triggers), sizes)
     subject = Subject.open(repository, guard, work / guard)
-    run_benchmark(subject, plan, work / guard, out / guard, seed, _command())
+    run_benchmark(subject, plan, work / guard, out / guard, seed, _command(), seeds)
 
 
 @bench.command()

@@ -1,6 +1,6 @@
 """What a release is: its digests, versions and measured figures.
 
-The manifest lies in the version directory of the guard's ensemble, ``<repository>/<guard>/<release>/manifest.json``.
+The manifest lies in the version directory of the guard's own model, ``<repository>/<guard>/<release>/manifest.json``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def digest(path: Path) -> str:
 
 
 def models(guard: str) -> list[str]:
-    """Triton models of a guard: the ensemble and its stages."""
+    """Triton models of a guard: its own and those of its stages."""
     return [guard, *(stage_model(guard, stage) for stage in STAGES)]
 
 
