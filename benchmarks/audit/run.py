@@ -79,9 +79,7 @@ class Plan:
     backdoored: int = 2
     """seeds of each backdoor in each family"""
     calibration: int = 5
-    """further clean seeds in each family, on which alone the thresholds are fitted"""
-    references: int = 3
-    """further clean classifiers of unbalanced data in each family, for those of unbalanced data to be compared with"""
+    """further clean seeds in each family, on which alone the thresholds are fitted; as many again of unbalanced data, for others of that"""
     epochs: int = 1
     cleansed: tuple[str, ...] = (CLEAN, "badnets")
     """attacks whose first seed Neural Cleanse judges too, in the first family; it is slow"""
@@ -97,10 +95,9 @@ class Plan:
 
     def calibrating(self, family: str) -> dict[str, list[Recipe]]:
         """The clean classifiers that are not: hard case, or empty, -> those that its classifiers are compared with."""
-        counts = {"": self.calibration, **({UNBALANCED: self.references} if UNBALANCED in self.hard else {})}
         return {
-            case: [Recipe(family, case or CLEAN, CALIBRATION_SEED + number, "calibration") for number in range(count)]
-            for case, count in counts.items()
+            case: [Recipe(family, case or CLEAN, CALIBRATION_SEED + number, "calibration") for number in range(self.calibration)]
+            for case in ("", *({UNBALANCED} & set(self.hard)))
         }
 
 
@@ -286,10 +283,8 @@ def check_plan(plan: Plan) -> None:
     unknown = sorted(set(plan.families) - set(FAMILIES))
     if unknown or not plan.families:
         raise NoisecError(f"no family {', '.join(unknown) or 'named'}; choose of {', '.join(FAMILIES)}")
-    if min(plan.calibration, plan.references) < 3 or plan.clean < 1 or plan.epochs < 1:
-        raise NoisecError(
-            "audit benchmark: at least 3 calibration models a family, 3 references of unbalanced data, 1 clean model and 1 epoch are needed"
-        )
+    if plan.calibration < 3 or plan.clean < 1 or plan.epochs < 1:
+        raise NoisecError("audit benchmark: at least 3 calibration models a family, 1 clean model and 1 epoch are needed")
 
 
 def run_benchmark(plan: Plan, work: Path, out: Path, command: str, data: Data | None = None) -> list[Found]:
