@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +27,10 @@ from noisec.benchmarks.detection.baselines import (
 from noisec.benchmarks.detection.subject import Subject
 from noisec.builders.calibrate import fit_tensors
 from noisec.builders.images import Floats, Images
+from noisec.builders.progress import console
 from noisec.builders.spec import DetectorSpec
 from noisec.builders.stages import Tensors
+from noisec.errors import NoisecError
 from noisec.python_backend.scorer.detectors import Head
 from noisec.python_backend.scorer.scoring import conformal_threshold
 
@@ -93,10 +96,19 @@ def panel(subject: Subject, fit: Sent, calibration: Sent) -> dict[str, Calibrate
     own = Calibrated(lambda sent: subject.scorer.score(sent.tensors), float(subject.scorer.threshold))
     found = {"default": own}
     for name, detector in ALONE.items():
-        found[name] = alone(subject, detector, subject.spec.noise_levels, fit, calibration)
+        found |= fitted(name, partial(alone, subject, detector, subject.spec.noise_levels, fit, calibration))
     found[PUBLISHED] = alone(subject, DetectorSpec(view="noise"), 1, fit, calibration)
     found["noise level"] = Calibrated.on(lambda sent: sent.tensors[contract.NOISE_LEVEL][:, 0], calibration)
     return found
+
+
+def fitted(name: str, make: Callable[[], Calibrated]) -> dict[str, Calibrated]:
+    """A detector under its name; nothing where a statistic says the same of too many images, as of two classes it may."""
+    try:
+        return {name: make()}
+    except NoisecError as error:
+        console.print(f"{name} is left out: {error}")
+        return {}
 
 
 def alone(subject: Subject, detector: DetectorSpec, levels: int, fit: Sent, calibration: Sent) -> Calibrated:
