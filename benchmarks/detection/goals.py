@@ -11,6 +11,7 @@ from noisec.benchmarks.detection import published
 from noisec.benchmarks.detection.cells import Cell
 from noisec.benchmarks.detection.rows import (
     DASH,
+    LEAST,
     Row,
     alarms,
     choose,
@@ -105,14 +106,17 @@ def _strength(rows: Sequence[Row]) -> list[Judged]:
 
 
 def _backdoor_goals(rows: Sequence[Row]) -> list[Judged]:
-    """A backdoor that the classifier did not learn has next to no inputs that succeed: it is named, and counts nowhere."""
+    """A backdoor that succeeds on too few images, because the classifier did not learn it or few were tried, is named and counts nowhere."""
     chosen = choose(rows, "honest", ("backdoor",), "default")
     weak = not_taken(chosen)
     found = {name: group for name, group in each_backdoor(chosen).items() if name not in weak}
     judged = _mean_goals("honest protocol, backdoors", found, [name for name in published.BACKDOORS if name not in weak], (0.95, 0.70))
     if not weak:
         return judged
-    left = "; did not take: " + ", ".join(f"{name} (succeeds on {percent(share)})" for name, share in weak.items())
+    shares = ", ".join(f"{name} (succeeds on {percent(share)})" for name, share in weak.items())
+    left = f"; fewer than {LEAST} images on which they succeed: {shares}"
+        f"{name} (succeeds on {percent(share)})" for name, share in weak.items()
+    )
     return [(text, figure + left, "not measured" if verdict == "met" else verdict) for text, figure, verdict in judged]
 
 
