@@ -106,7 +106,7 @@ def _strength(rows: Sequence[Row]) -> list[Judged]:
 
 
 def _backdoor_goals(rows: Sequence[Row]) -> list[Judged]:
-    """A backdoor that succeeds on too few images, because the classifier did not learn it or few were tried, is named and counts nowhere."""
+    """A backdoor that succeeds on too few images, not learnt or tried on few, is named and counts nowhere."""
     chosen = choose(rows, "honest", ("backdoor",), "default")
     weak = not_taken(chosen)
     found = {name: group for name, group in each_backdoor(chosen).items() if name not in weak}
@@ -115,8 +115,6 @@ def _backdoor_goals(rows: Sequence[Row]) -> list[Judged]:
         return judged
     shares = ", ".join(f"{name} (succeeds on {percent(share)})" for name, share in weak.items())
     left = f"; fewer than {LEAST} images on which they succeed: {shares}"
-        f"{name} (succeeds on {percent(share)})" for name, share in weak.items()
-    )
     return [(text, figure + left, "not measured" if verdict == "met" else verdict) for text, figure, verdict in judged]
 
 
