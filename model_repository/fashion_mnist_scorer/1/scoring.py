@@ -256,7 +256,7 @@ class Scorer:
             "edges": self.edges,
             "detectors": np.array([detector.name for detector in self.detectors]),
             "calibration": self.calibration,
-            **{f"head/{key}": value for key, value in vars(self.head).items()},
+            **{f"head/{key}": value for key, value in _arrays(self.head).items()},
         }
         for detector in self.detectors:
             arrays[f"{detector.name}/inputs"] = np.array(detector.inputs)
