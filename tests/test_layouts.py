@@ -6,6 +6,7 @@ import queue
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -33,32 +34,31 @@ def spec_of(repository: Path) -> GuardSpec:
     return GuardSpec.model_validate(manifest.read_manifest(repository, GUARD)["spec"])
 
 
+def arranged(tmp_path_factory: pytest.TempPathFactory, **serving: Any) -> Path:
+    """The reference guard with other serving settings, in a repository of its own."""
+    folder = tmp_path_factory.mktemp("arranged")
+    rearrange(REPOSITORY, GUARD, ServingSpec(**serving), folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def fused(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("fused")
-    rearrange(REPOSITORY, GUARD, ServingSpec(layout="fused"), folder)
-    return folder
+    return arranged(tmp_path_factory, layout="fused")
 
 
 @pytest.fixture(scope="module")
 def bytewise(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("bytes")
-    rearrange(REPOSITORY, GUARD, ServingSpec(layout="fused", input="uint8"), folder)
-    return folder
+    return arranged(tmp_path_factory, layout="fused", input="uint8")
 
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("single")
-    rearrange(REPOSITORY, GUARD, ServingSpec(layout="single", instances=2), folder)
-    return folder
+    return arranged(tmp_path_factory, layout="single", instances=2)
 
 
 @pytest.fixture(scope="module")
 def single_bytes(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("single-bytes")
-    rearrange(REPOSITORY, GUARD, ServingSpec(layout="single", input="uint8"), folder)
-    return folder
+    return arranged(tmp_path_factory, layout="single", input="uint8")
 
 
 @pytest.fixture(scope="module")
