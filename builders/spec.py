@@ -228,8 +228,8 @@ class ServingSpec(Section):
     layout: Literal["staged", "fused", "single"] = "staged"
     """``fused``: the autoencoder stage also makes the classifier passes of the noise and the reconstruction, in one pass over both; the
     image's pass stays a stage of its own, for requests that want only the label. ``single``: the guard is no ensemble but one model that
-    does all of it in one process with one compute thread, on the CPU: give it an instance for each core; its stages stay in the
-    repository as models of their own"""
+    does all of it in one process, on the CPU, with one compute thread (an image alone takes a second): give it an instance for each core;
+    its stages stay in the repository as models of their own"""
     input: Literal["float32", "uint8"] = "float32"
     """what clients send as IMAGE: floats in [0, 1], or bytes, which the graphs divide by 255; a quarter of the traffic"""
     max_batch_size: Positive = 64
