@@ -11,7 +11,6 @@ import socket
 import sys
 import sysconfig
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -281,16 +280,19 @@ def _ports(host: str, *wanted: int) -> list[int]:
 
 
 @contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; the former handlers come back at the end."""
-    stop = threading.Event()
+def stop_signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM as they come; the former handlers come back at the end.
+
+    No ``threading.Event``: a handler that sets one while the same thread is about to wait for it waits for its lock for ever.
+    """
+    caught: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        stop.set()
+        caught.append(number)
 
     former = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop
+        yield caught
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
@@ -303,10 +305,11 @@ def serve(repository: Path, *, host: str, http_port: int, grpc_port: int, metric
         NoisecError: the server cannot start, or has stopped by itself.
     """
     server = EmbeddedServer(repository, host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port, verbose=verbose)
-    with stop_signals() as stop, server:
+    with stop_signals() as caught, server:
         print(f"ready: gRPC {server.grpc_url}, HTTP http://{server.http_url}, metrics {server.metrics_url}", flush=True)
         print(f"guards: {', '.join(guards(repository))}; stop with Ctrl-C", flush=True)
-        while not stop.wait(0.5):
+        while not caught:
             if not server.is_alive():
                 raise NoisecError(f"the server stopped by itself; the end of its log:\n{server.reasons()}")
+            time.sleep(0.2)
         print("stopping", flush=True)
