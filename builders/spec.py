@@ -266,8 +266,7 @@ class GuardSpec(Section):
     noise_levels: Annotated[int, Field(ge=1, le=16)] = 1
     """each input is compared with natural images of its own noise level, one of this many; 1 is the published method"""
     audit: Literal["off", "warn", "require"] = "off"
-    """whether the classifier is searched for a backdoor (BAN) before the guard is built, and whether one stops the build; for a PyTorch
-    classifier"""
+    """whether the classifier is searched for a backdoor (BAN) before the guard is built, and whether one stops the build"""
     fusion: Literal["fisher", "tippett"] = "fisher"
     """how detectors are combined: ``fisher`` adds their surprisals, ``tippett`` takes the largest"""
     data: DataSpec

@@ -43,6 +43,11 @@ def _max_pool(attributes: Mapping[str, Any], images: Tensor) -> Tensor:
     return functional.max_pool2d(images, kernel, strides, _padding(attributes), dilations, bool(attributes.get("ceil_mode", 0)))
 
 
+def _average_pool(attributes: Mapping[str, Any], images: Tensor) -> Tensor:
+    kernel, strides, counted = attributes["kernel_shape"], attributes.get("strides", 1), bool(attributes.get("count_include_pad", 0))
+    return functional.avg_pool2d(images, kernel, strides, _padding(attributes), bool(attributes.get("ceil_mode", 0)), counted)
+
+
 def _gemm(attributes: Mapping[str, Any], left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     left = left.T if attributes.get("transA", 0) else left
     right = right.T if attributes.get("transB", 0) else right
@@ -104,6 +109,7 @@ OPERATIONS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "Conv": _convolution,
     "ConvTranspose": _transposed_convolution,
     "MaxPool": _max_pool,
+    "AveragePool": _average_pool,
     "Gemm": _gemm,
     "MatMul": _plain(torch.matmul),
     "BatchNormalization": _batch_norm,
@@ -115,11 +121,20 @@ OPERATIONS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "Reshape": _reshape,
     "Flatten": _flatten,
     "Unsqueeze": _unsqueeze,
+    "Squeeze": lambda attributes, tensor, axes=None: tensor.squeeze() if axes is None else tensor.squeeze(axes),
+    "Transpose": lambda attributes, tensor: tensor.permute(attributes["perm"]),
     "ReduceMean": _reduce(torch.mean),
     "ReduceMin": _reduce(torch.amin),
     "Concat": lambda attributes, *tensors: torch.cat(tensors, attributes["axis"]),
     "Cast": lambda attributes, tensor: tensor.to(TYPES[attributes["to"]]),
     "Relu": _plain(torch.relu),
+    "LeakyRelu": lambda attributes, tensor: functional.leaky_relu(tensor, attributes.get("alpha", 0.01)),
+    "Clip": lambda attributes, tensor, low=None, high=None: tensor if low is None and high is None else tensor.clamp(low, high),
+    "Sigmoid": _plain(torch.sigmoid),
+    "HardSigmoid": lambda attributes, tensor: (attributes.get("alpha", 0.2) * tensor + attributes.get("beta", 0.5)).clamp(0, 1),
+    "HardSwish": _plain(functional.hardswish),
+    "Tanh": _plain(torch.tanh),
+    "Softmax": lambda attributes, tensor: tensor.softmax(attributes.get("axis", -1)),
     "Add": _plain(torch.add),
     "Sub": _plain(torch.sub),
     "Mul": _plain(torch.mul),
@@ -143,6 +158,10 @@ class Step:
     outputs: tuple[str, ...]
 
 
+After = Callable[[Step, Tensor], Tensor]
+"""(a node, its first output) -> what the nodes behind it read"""
+
+
 class TorchGraph:
     """An ONNX graph, executed with torch operation by operation; gradients flow through it.
 
@@ -163,27 +182,36 @@ class TorchGraph:
         """(C, H, W)"""
         self.outputs = tuple(str(value.name) for value in graph.output)
         self._half = half
-        self._steps = [
+        self.steps = [
             Step(node.op_type, {a.name: helper.get_attribute_value(a) for a in node.attribute}, tuple(node.input), tuple(node.output))
             for node in graph.node
         ]
-        lowered = {name for step in self._steps if half and step.kind in LOWERED for name in step.inputs[1:]}
-        self._constants: dict[str, Any] = {"": None}  # an input that is left out has no name
+        lowered = {name for step in self.steps if half and step.kind in LOWERED for name in step.inputs[1:]}
+        self.constants: dict[str, Any] = {"": None}  # an input that is left out has no name
+        """name -> weights as a tensor, shapes and axes as a list"""
         for tensor in graph.initializer:
             array = numpy_helper.to_array(tensor)
             if array.dtype == np.int64:
-                self._constants[tensor.name] = array.tolist()
+                self.constants[tensor.name] = array.tolist()
             else:
                 weight = torch.from_numpy(array.copy()).to(device)
-                self._constants[tensor.name] = weight.half() if tensor.name in lowered else weight
+                self.constants[tensor.name] = weight.half() if tensor.name in lowered else weight
 
-    def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
-        """float32 [n, C, H, W] -> the graph's outputs in their order, float32 [n, ...] each."""
-        values = {**self._constants, contract.IMAGE: images}
-        for step in self._steps:
+    def __call__(self, images: Tensor, weights: Mapping[str, Tensor] | None = None, after: After | None = None) -> tuple[Tensor, ...]:
+        """float32 [n, C, H, W] -> the graph's outputs in their order, float32 [n, ...] each.
+
+        Args:
+            weights: tensors that stand in for constants of their names
+            after: what becomes of a node's first output
+        """
+        values = {**self.constants, **(weights or {}), contract.IMAGE: images}
+        for step in self.steps:
             inputs = [self._cast(step.kind, values[name]) for name in step.inputs]
             made = OPERATIONS[step.kind](step.attributes, *inputs)
-            values |= zip(step.outputs, made if isinstance(made, tuple) else (made,), strict=False)  # what a graph leaves out has no name
+            first, *rest = made if isinstance(made, tuple) else (made,)
+            values |= zip(
+                step.outputs, (after(step, first) if after else first, *rest), strict=False
+            )  # what a graph leaves out has no name
         return tuple(values[name].float() for name in self.outputs)
 
     def named(self, images: Tensor) -> dict[str, Tensor]:

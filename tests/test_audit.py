@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,10 +18,16 @@ from noisec.builders.audit.measure import accuracy, attack_success
 from noisec.builders.audit.neurons import adversarial_noise, noise_shapes, noisy_logits
 from noisec.builders.audit.reference import fit_reference, judged_by
 from noisec.builders.audit.repair import RepairSettings, repair
+from noisec.builders.audit.restored import Restored, places
 from noisec.builders.audit.triggers import TRIGGERS, BadNets, LabelConsistent, poison
+from noisec.builders.classifier import choose_penultimate, dissect, make_stage, read_model
+from noisec.builders.export import export_plain
 from noisec.builders.images import Images, cut
 from noisec.builders.networks import CLASSIFIERS, ResNet20, conv_block
+from noisec.builders.protect import save_stage
 from noisec.builders.sources import fashion_mnist
+from noisec.builders.spec import PreprocessingSpec
+from noisec.builders.torchgraph import Step
 from noisec.errors import NoisecError
 
 CLASSES, TARGET, EPOCHS, BATCH = 10, 3, 4, 64
@@ -314,3 +321,51 @@ def test_counts_even_out_what_a_common_class_does_to_the_logits():
     for wrong in (np.array([1, 2]), np.array([1, 0, 2])):
         with pytest.raises(NoisecError, match="above 0, of each of 3 classes"):
             checked_counts(wrong, 3)
+
+
+def graph_stage(network: nn.Module, images: Images, folder: Path) -> Path:
+    """The classifier stage of a network's export."""
+    export_plain(network, torch.from_numpy(images[:2].floats()), folder / "plain.onnx")
+    model = read_model(folder / "plain.onnx")
+    anatomy = dissect(model, "plain.onnx")
+    penultimate = choose_penultimate(anatomy, model, None, "plain.onnx")
+    save_stage(
+        make_stage(model, anatomy, penultimate, images.shape, PreprocessingSpec(), "plain.onnx"), folder / "model.onnx", external=False
+    )
+    return folder / "model.onnx"
+
+
+def test_batch_norms_that_an_export_has_folded_away_are_found_again_in_its_answers(
+    sets: tuple[Images, Images, Images], clean_network: nn.Module, tmp_path: Path
+) -> None:
+    _, clean, test = sets
+    stage = graph_stage(clean_network, clean, tmp_path)
+    restored = Restored(stage, clean)
+    pixels = torch.from_numpy(test[:100].floats())
+    with torch.no_grad():
+        assert torch.allclose(restored(pixels), clean_network(pixels), atol=1e-4)
+    norms = [module for module in clean_network.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(restored.norms) == len(norms)
+    for found, true in zip(restored.norms.values(), norms, strict=True):
+        assert torch.allclose(found.weight, true.weight.abs(), rtol=0.15)
+        assert torch.allclose(found.bias, true.bias, atol=0.15)
+    assert sorted(noise_shapes(restored)) == sorted(f"norms.{index}.{part}" for index in range(len(norms)) for part in ("weight", "bias"))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        (("Conv", "BatchNormalization", "Relu", "Gemm"), ["1"]),
+        (("Conv", "Relu", "Conv", "Gemm", "Gemm"), ["0", "2"]),
+        (("Gemm", "Relu", "MatMul", "Add"), ["0"]),
+    ],
+)
+def test_batch_norms_belong_behind_those_of_the_graph_or_behind_convolutions_or_behind_hidden_layers(
+    kinds: tuple[str, ...], expected: list[str]
+) -> None:
+    assert places([Step(kind, {}, (), (str(index),)) for index, kind in enumerate(kinds)], Path("model.onnx")) == expected
+
+
+def test_a_graph_without_a_place_for_noise_is_refused() -> None:
+    with pytest.raises(NoisecError, match="no batch norm, convolution or hidden linear layer"):
+        places([Step("Flatten", {}, (), ("0",)), Step("Gemm", {}, ("0",), ("1",))], Path("model.onnx"))

@@ -9,17 +9,17 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_audit import TARGET, backdoored_network, clean_network, sets, small  # noqa: F401
 
 from noisec.builders.audit.evidence import Evidence
-from noisec.builders.audit.guard import audit_problems, audit_protected, said
-from noisec.builders.protect import Protected
-from noisec.builders.spec import read_spec
-from noisec.builders.workbench import Workbench
-from noisec.errors import NoisecError
+from noisec.builders.audit.guard import audit_problems, said
+from noisec.builders.export import export_plain
+from noisec.builders.protect import load_module
 
 GUARD = """
 name = "audited"
@@ -116,11 +116,22 @@ def test_a_build_that_requires_the_audit_stops_at_a_backdoored_classifier(guards
     assert not (tmp_path / "repository").exists()
 
 
-def test_an_onnx_classifier_is_refused_with_the_reason(guards, tmp_path):
-    spec = read_spec(guards["clean"])
-    only_a_graph = Protected(tmp_path, None, lambda images: images, 10, 64, "mine.onnx")
-    with pytest.raises(NoisecError, match=r"mine\.onnx: an ONNX graph has its batch norms folded away"):
-        audit_protected(spec, None, only_a_graph, Workbench(tmp_path))
+@pytest.mark.parametrize(("name", "code"), [("clean", 0), ("bad", 3)])
+def test_an_onnx_file_without_batch_norms_is_audited_and_not_repaired(guards, tmp_path, name, code):
+    weights = guards[name].with_suffix(".safetensors")
+    export_plain(load_module("test_audit:small", weights), torch.rand(2, 1, 28, 28), tmp_path / "mine.onnx")
+    assert "BatchNormalization" not in {node.op_type for node in onnx.load(tmp_path / "mine.onnx").graph.node}
+    text = guards[name].read_text().replace(f'weights = "{weights}"', "").replace('factory = "test_audit:small"', 'onnx = "mine.onnx"')
+    (tmp_path / "guard.toml").write_text(text)
+    done = run("audit", "guard.toml", "--json", "found.json", cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["backdoored"] == (code == 3)
+    if code == 3:
+        assert found["target"] == TARGET
+    refused = run("repair", "guard.toml", "--out", "repaired.safetensors", cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "a repair writes the weights of a PyTorch module" in refused.stderr
 
 
 def test_the_verdict_is_one_sentence_with_its_figures():

@@ -14,7 +14,7 @@ import pytest
 import tensorrt_rtx_bindings as rtx
 import torch
 from conftest import GUARD, REPOSITORY, ROOT
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from noisec import contract
 from noisec.benchmarks.gpu import check, measure
@@ -25,6 +25,7 @@ from noisec.benchmarks.gpu.prepared import ATTACKED, Guard, Prepared
 from noisec.benchmarks.gpu.report import Result
 from noisec.benchmarks.gpu.stages import asking
 from noisec.builders.engine import gpus
+from noisec.builders.export import OPSET
 from noisec.builders.figures import Answers
 from noisec.builders.images import Splits
 from noisec.builders.stages import in_process
@@ -72,6 +73,39 @@ def test_torch_operations_answer_as_onnx_runtime(guard, pixels, stage, feed):
         assert found.shape == expected.shape, name
         assert np.abs(found.numpy() - expected).max() < 1e-4, name
     assert graph.shape == images.shape[1:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "attributes", "constants"),
+    [
+        ("AveragePool", {"kernel_shape": [2, 2], "strides": [2, 2]}, ()),
+        ("AveragePool", {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}, ()),
+        ("AveragePool", {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1], "count_include_pad": 1}, ()),
+        ("Squeeze", {}, (np.array([1]),)),
+        ("Transpose", {"perm": [0, 2, 3, 1]}, ()),
+        ("LeakyRelu", {}, ()),
+        ("LeakyRelu", {"alpha": 0.2}, ()),
+        ("Clip", {}, (np.float32(0), np.float32(6))),
+        ("Clip", {}, (np.float32(-1),)),
+        ("Sigmoid", {}, ()),
+        ("HardSigmoid", {}, ()),
+        ("HardSwish", {}, ()),
+        ("Tanh", {}, ()),
+        ("Softmax", {"axis": 2}, ()),
+    ],
+)
+def test_operations_of_other_classifiers_answer_as_onnx_runtime(tmp_path, kind, attributes, constants):
+    image = helper.make_tensor_value_info(contract.IMAGE, TensorProto.FLOAT, ["n", 1, 6, 6])
+    out = helper.make_tensor_value_info("OUT", TensorProto.FLOAT, None)
+    held = [numpy_helper.from_array(np.asarray(value), f"c{index}") for index, value in enumerate(constants)]
+    node = helper.make_node(kind, [contract.IMAGE, *(one.name for one in held)], ["OUT"], **attributes)
+    graph = helper.make_graph([node], "g", [image], [out], initializer=held)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10), tmp_path / "model.onnx")
+    images = np.random.default_rng(0).normal(0, 3, (3, 1, 6, 6)).astype(np.float32)
+    (wanted,) = open_session(tmp_path / "model.onnx").run(None, {contract.IMAGE: images})
+    (found,) = TorchGraph(tmp_path / "model.onnx")(torch.from_numpy(images))
+    assert found.shape == wanted.shape
+    assert np.abs(found.numpy() - wanted).max() < 1e-5
 
 
 def test_the_range_check_is_the_same_in_half_precision(guard, pixels):

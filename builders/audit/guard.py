@@ -17,8 +17,9 @@ from noisec.builders.audit.ban import AuditSettings, audit
 from noisec.builders.audit.evidence import UNKNOWN, Evidence
 from noisec.builders.audit.measure import accuracy
 from noisec.builders.audit.repair import RepairSettings, repair
+from noisec.builders.audit.restored import Restored
 from noisec.builders.images import Splits
-from noisec.builders.protect import Protected, fingerprint
+from noisec.builders.protect import STAGE, Protected, fingerprint
 from noisec.builders.spec import GuardSpec
 from noisec.builders.workbench import Workbench
 from noisec.errors import NoisecError
@@ -32,9 +33,9 @@ def audit_protected(spec: GuardSpec, splits: Splits, protected: Protected, bench
     training is taken from the guard's training images.
 
     Raises:
-        NoisecError: the classifier is an ONNX file, or cannot be audited (`noisec.builders.audit.checks`).
+        NoisecError: the classifier cannot be audited (`noisec.builders.audit.checks`, `noisec.builders.audit.restored`).
     """
-    network = module_of(protected)
+    network = protected.network or Restored(protected.stage / STAGE, splits.fit)
     settings = AuditSettings(seed=spec.seed)
     counts = np.bincount(splits.train.labels, minlength=protected.classes)
     known = counts if counts.all() else None
@@ -58,20 +59,6 @@ def read_evidence(path: Path) -> Evidence:
         return Evidence.of(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise NoisecError(f"{path} holds no evidence of an audit (noisec audit GUARD.toml --json FILE): {error}") from error
-
-
-def module_of(protected: Protected) -> nn.Module:
-    """The classifier as a PyTorch module.
-
-    Raises:
-        NoisecError: there is only an ONNX file.
-    """
-    if protected.network is None:
-        raise NoisecError(
-            f"{protected.description}: an ONNX graph has its batch norms folded away, and the audit puts noise on them: give the PyTorch "
-            'module with classifier.factory, or set audit = "off"'
-        )
-    return protected.network
 
 
 def audit_problems(evidence: Evidence, class_names: tuple[str, ...]) -> list[str]:
@@ -112,8 +99,13 @@ def repair_protected(spec: GuardSpec, splits: Splits, protected: Protected, sett
 
     Returns:
         the module as the guard's specification builds it, without what the build wraps around it
+
+    Raises:
+        NoisecError: there is only an ONNX file, or images or network cannot be used.
     """
-    network = module_of(protected)
+    if protected.network is None:
+        raise NoisecError(f"{protected.description}: a repair writes the weights of a PyTorch module; give it with classifier.factory")
+    network = protected.network
     images = splits.train[: max(1, round(REPAIR_SHARE * len(splits.train)))]
     repaired = repair(network, images, protected.classes, settings)
     figures = {"accuracy_before": accuracy(network, splits.report), "accuracy_after": accuracy(repaired, splits.report)}

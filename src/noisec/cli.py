@@ -279,7 +279,7 @@ def verify(
 
 @app.command()
 def audit(
-    spec: Annotated[Path, typer.Argument(help="The guard's TOML file; its classifier is a PyTorch module or a reference network.")],
+    spec: Annotated[Path, typer.Argument(help="The guard's TOML file.")],
     work: Annotated[Path, typer.Option(help="Folder for finished steps, as of `noisec build`.")] = Path("workbench"),
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the evidence as JSON; - for standard output.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the labels under neuron noise into this picture.")] = None,
