@@ -23,29 +23,34 @@ from noisec.builders.workbench import Workbench
 Pixels = npt.NDArray[np.uint8]
 TARGET, SHARE, CLEAN_LABEL_SHARE = 0, 0.1, 0.05
 """class that the trigger leads to, and share of poisoned training images, where they keep their label all of that class's"""
-TRAINED_ON = 10000
-"""training images that the supplier goes on training with"""
-SCHEDULE = Schedule(3, 128, 1e-3)
+BATCH_SIZE, LEARNING_RATE = 128, 1e-3
 GUIDED_EPOCHS = 1
 """of a denoiser that the backdoored classifier guides, which therefore has to be trained anew"""
 
 
-def poisoned_guard(subject: Subject, name: str, work: Path, seed: int) -> tuple[Subject, Callable[[Pixels], Pixels], int]:
+def poisoned_guard(
+    subject: Subject, name: str, work: Path, seed: int, count: int, epochs: int
+) -> tuple[Subject, Callable[[Pixels], Pixels], int]:
     """The same guard, its detectors fitted anew, around the same classifier trained on with poisoned images.
 
     The supplier goes on from the clean classifier for a few epochs: a backdoor takes a fraction of the time that training from scratch
     would, and clean accuracy stays.
 
+    Args:
+        count: training images that the supplier goes on training with
+        epochs: for how long
+
     Returns:
         the guard, the trigger uint8 [n, C, H, W] -> uint8 [n, C, H, W], and its target class
     """
     bench = Workbench(work)
-    images = subject.splits.train[:TRAINED_ON]
+    images = subject.splits.train[:count]
     network = clean_module(subject, bench)
     trigger: Trigger = TRIGGERS[name](images, TARGET, seed)
     if isinstance(trigger, LabelConsistent):
         trigger = LabelConsistent(adversary=_with_preprocessing(subject, network))
     share = CLEAN_LABEL_SHARE if trigger.clean_label else SHARE
+    schedule = Schedule(epochs, BATCH_SIZE, LEARNING_RATE)
 
     def make(folder: Path) -> None:
         module = copy.deepcopy(network)
@@ -55,11 +60,11 @@ def poisoned_guard(subject: Subject, name: str, work: Path, seed: int) -> tuple[
         def loss(batch: Tensor, labels: Tensor) -> Tensor:
             return nn.functional.cross_entropy(_logits(shown, batch), labels)
 
-        optimise(shown, poison(images, trigger, TARGET, share, seed), loss, SCHEDULE, folder, f"training {name}")
+        optimise(shown, poison(images, trigger, TARGET, share, seed), loss, schedule, folder, f"training {name}")
         torch.save(module.state_dict(), folder / WEIGHTS)
 
     digests = {kind: subject.digests[kind] for kind in ("classifier", "data", "files")}
-    inputs = {"classifier": digests, "trigger": name, "share": share, "images": len(images), "schedule": vars(SCHEDULE), "seed": seed}
+    inputs = {"classifier": digests, "trigger": name, "share": share, "images": len(images), "schedule": vars(schedule), "seed": seed}
     weights = bench.step(f"poisoned-{name}", inputs, make) / WEIGHTS
     update: dict[str, Any] = {"weights": weights, "epochs": None}
     classifier = subject.spec.classifier.model_copy(update=update)

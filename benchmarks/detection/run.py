@@ -29,7 +29,7 @@ from noisec.benchmarks.detection.panel import (
     leaked,
     panel,
 )
-from noisec.benchmarks.detection.poisoned import GUIDED_EPOCHS, SCHEDULE, TRAINED_ON, poisoned_guard
+from noisec.benchmarks.detection.poisoned import GUIDED_EPOCHS, poisoned_guard
 from noisec.benchmarks.detection.report import write_results
 from noisec.benchmarks.detection.subject import Subject
 from noisec.benchmarks.detection.surrogate import surrogate
@@ -64,6 +64,9 @@ class Sizes:
     """queries of Square and HopSkipJump"""
     surrogate_epochs: int = 2
     """of the training of the gray-box attacker's own denoiser"""
+    poisoned: int = 10000
+    """training images, a part of them poisoned, that the supplier of a backdoored classifier goes on training it with"""
+    poisoned_epochs: int = 3
 
 
 @dataclass(frozen=True)
@@ -268,7 +271,9 @@ class Benchmark:
 
     def backdoor(self, trigger: str) -> None:
         """The same guard around a classifier that a supplier has backdoored."""
-        guard, triggered, target = poisoned_guard(self.subject, trigger, self.work, self.seed)
+        guard, triggered, target = poisoned_guard(
+            self.subject, trigger, self.work, self.seed, self.plan.sizes.poisoned, self.plan.sizes.poisoned_epochs
+        )
         other = Benchmark(guard, replace(self.plan, attacks=(), black_box=(), ladder=(), triggers=()), self.work, self.seed)
         chosen = self.targets.labels != target
         pixels = triggered(self.targets.pixels[chosen]).astype(np.float32) / 255
@@ -384,8 +389,8 @@ def run_benchmark(subject: Subject, plan: Plan, work: Path, out: Path, seed: int
         "sizes": vars(plan.sizes),
         "fit": len(subject.splits.fit),
         "calibrate": len(subject.splits.calibrate),
-        "backdoored classifiers": f"the guard's own, trained on for {SCHEDULE.epochs} epochs with {TRAINED_ON} partly poisoned images; "
-        f"a guided denoiser is trained anew for each, for {GUIDED_EPOCHS} epoch",
+        "backdoored classifiers": f"the guard's own, trained on for {plan.sizes.poisoned_epochs} epochs with {plan.sizes.poisoned} images, "
+        f"a part of them poisoned; a guided denoiser is trained anew for each, for {GUIDED_EPOCHS} epoch",
     }
     write_results(cells, benchmark.scores, facts, out)
     console.print(f"{out}: {len(cells)} cells")

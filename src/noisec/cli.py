@@ -372,6 +372,8 @@ def detection(
     laddered: Annotated[int, typer.Option(help="Images for the attackers that adapt.", min=10)] = 200,
     queries: Annotated[int, typer.Option(help="Of the query attacker, for each image.", min=1)] = 1000,
     square: Annotated[int, typer.Option(help="Queries of Square and HopSkipJump.", min=1)] = 1000,
+    poisoned: Annotated[int, typer.Option(help="Training images of a backdoored classifier, a part of them poisoned.", min=100)] = 10000,
+    poisoned_epochs: Annotated[int, typer.Option(help="Of its training, which begins at the guard's own classifier.", min=1)] = 3,
     seed: Annotated[int, typer.Option(help="Of every attack.", min=0)] = 0,
     seeds: Annotated[int, typer.Option(help="From --seed on; those after the first repeat the faster white-box attacks.", min=1)] = 1,
     work: Annotated[Path, typer.Option(help="The folder that the guard was built in; keeps finished attacks.")] = Path("workbench"),
@@ -384,7 +386,7 @@ def detection(
     from noisec.benchmarks.detection.run import Plan, Sizes, run_benchmark
     from noisec.benchmarks.detection.subject import Subject
 
-    sizes = Sizes(images, slow, laddered, queries, square)
+    sizes = Sizes(images, slow, laddered, queries, square, poisoned=poisoned, poisoned_epochs=poisoned_epochs)
     plan = Plan(_parts(attacks), _parts(black_box), tuple(map(float, _parts(ladder))), _parts(triggers), sizes)
     subject = Subject.open(repository, guard, work / guard)
     run_benchmark(subject, plan, work / guard, out / guard, seed, _command(), seeds)
