@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,7 @@ from sklearn.mixture import GaussianMixture as SklearnMixture
 
 from noisec import contract
 from noisec.builders.images import Splits, natural
-from noisec.builders.spec import DetectorSpec, GuardSpec
+from noisec.builders.spec import DetectorSpec, GuardSpec, MemorySpec
 from noisec.builders.stages import StageRunner
 from noisec.errors import NoisecError
 from noisec.python_backend.scorer.detectors import (
@@ -29,6 +30,7 @@ from noisec.python_backend.scorer.detectors import (
     View,
     squared_distances,
 )
+from noisec.python_backend.scorer.memory import Repeats
 from noisec.python_backend.scorer.scoring import Detector, Scorer, TailScale
 
 SCALE_SHARE = 0.25
@@ -36,6 +38,9 @@ SCALE_SHARE = 0.25
 SURVIVALS = np.array([0.99, 0.9, 0.75, 0.5, 0.25, 0.1, 0.02])
 """shares of clean images above each knot of a scale; the last two set the slope of the tail"""
 MAX_CONDITION = 1e12
+REPEATED = 0.001
+"""share of clean images that may be taken for repeats of others"""
+ROWS_AT_ONCE = 500
 POINTS_A_CLASS, POINTS = 100, 600
 """reference points of the density, for each class, and of the local dimension"""
 NEIGHBOURS = 20
@@ -177,6 +182,34 @@ def fit_detector(spec: DetectorSpec, view: View, levels: npt.NDArray[np.intp], c
     return Detector(spec.name, spec.kind, spec.inputs, statistics, scales)
 
 
+def fit_repeats(spec: MemorySpec, fit: Floats, calibration: Floats, seed: int) -> Repeats:
+    """How near inputs have to be for one to repeat the others.
+
+    Each calibration image meets a memory of fit images: the radius is that within which a share `REPEATED` of them, or one where they are
+    fewer than its inverse, has enough neighbours there.
+
+    Args:
+        fit: penultimate activations of natural images, float32 [n, d]
+        calibration: of others, float32 [m, d]
+
+    Raises:
+        NoisecError: the images repeat each other.
+    """
+    chosen = np.random.default_rng(seed).permutation(len(fit))[: spec.size]
+    rank = max(1, round(spec.neighbours * len(chosen) / spec.size))  # a memory that the fit images do not fill has fewer neighbours
+    nearest = [
+        np.partition(squared_distances(part, fit[chosen]), rank - 1, axis=1)[:, rank - 1]
+        for part in np.array_split(calibration, -(-len(calibration) // ROWS_AT_ONCE))
+    ]
+    distances = np.sqrt(np.sort(np.concatenate(nearest)))
+    radius = distances[max(0, int(REPEATED * (1 + len(distances))) - 1)]
+    if not radius > 0:
+        raise NoisecError(
+            f"memory: clean images repeat each other ({rank} of {len(chosen)} are the same to the classifier); leave [memory] out"
+        )
+    return Repeats(fit.mean(axis=0), radius, np.array(spec.neighbours), np.array(spec.size))
+
+
 def fit_scorer(spec: GuardSpec, run: StageRunner, splits: Splits, head: Head = NO_HEAD) -> Scorer:
     """Fit the detectors on the fit images and calibrate the threshold on the calibration images, both with natural noise.
 
@@ -197,5 +230,7 @@ def fit_tensors(spec: GuardSpec, fit: Mapping[str, Floats], calibration: Mapping
         fit_detector(one, View(tuple(fit[name] for name in one.inputs), labels, head), levels, spec.noise_levels, spec.seed)
         for one in spec.detectors
     )
-    scorer = Scorer(spec.release, spec.target_fpr, spec.fusion, edges, head, detectors, np.empty(0, np.float32))
-    return Scorer(spec.release, spec.target_fpr, spec.fusion, edges, head, detectors, np.sort(scorer.score(calibration)))
+    image = contract.PASSES["image"]
+    repeats = fit_repeats(spec.memory, fit[image], calibration[image], spec.seed) if spec.memory else None
+    scorer = Scorer(spec.release, spec.target_fpr, spec.fusion, edges, head, detectors, np.empty(0, np.float32), repeats)
+    return replace(scorer, calibration=np.sort(scorer.score(calibration)))

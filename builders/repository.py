@@ -21,7 +21,7 @@ from noisec.python_backend.scorer import scoring
 
 SCORER_CODE = Path(scoring.__file__).parent
 NO_PLANS: Mapping[str, str] = MappingProxyType({})
-SCORING_FILES = tuple(SCORER_CODE / name for name in ("scoring.py", "detectors.py", "batching.py"))
+SCORING_FILES = tuple(SCORER_CODE / name for name in ("scoring.py", "detectors.py", "memory.py", "batching.py"))
 SCORER_FILES = (SCORER_CODE / "model.py", *SCORING_FILES)
 GUARD_FILES = (SCORER_CODE / "single.py", SCORER_CODE / "session.py", *SCORING_FILES)
 """code of a guard in one process"""
@@ -49,7 +49,9 @@ def fused_passes(spec: GuardSpec) -> tuple[contract.Pass, ...]:
 
 def scorer_inputs(spec: GuardSpec) -> tuple[str, ...]:
     """Tensors that the scorer reads besides NOISE_LEVEL and IN_RANGE."""
-    views = {name for detector in spec.detectors for name in contract.VIEWS[detector.view]} | ({"image"} if spec.needs_head else set())
+    views = {name for detector in spec.detectors for name in contract.VIEWS[detector.view]} | (
+        {"image"} if spec.needs_head or spec.memory else set()
+    )
     return tuple(contract.PASSES[name] for name in contract.PASSES if name in views)
 
 

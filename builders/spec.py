@@ -205,6 +205,24 @@ class DetectorSpec(Section):
         return tuple(contract.PASSES[name] for name in contract.VIEWS[self.view]) or (contract.NOISE_LEVEL,)
 
 
+class MemorySpec(Section):
+    """Stateful detection (Chen, Carlini and Wagner 2019): the scorer remembers recent inputs, and one that many of them nearly repeat is
+    malicious whatever its score, as are the questions of an attacker who searches with the guard's answers. How near that is comes from
+    clean images, of which a thousandth may be taken for repeats. The very same image again and again is no repeat; frames of a camera
+    that stands still are."""
+
+    size: Annotated[int, Field(ge=1, le=100_000)] = 4096
+    """inputs that each instance of the scorer remembers"""
+    neighbours: Annotated[int, Field(ge=2)] = 20
+    """recent inputs that are nearly the same, from which on another is malicious: about as many questions an attacker has for an image"""
+
+    @model_validator(mode="after")
+    def _can_be_reached(self) -> MemorySpec:
+        if self.neighbours > self.size:
+            raise ValueError(f"memory: {self.neighbours} neighbours cannot be found among {self.size} inputs; at most size will do")
+        return self
+
+
 class EngineOptions(Section):
     """How TensorRT plans are built."""
 
@@ -276,6 +294,8 @@ class GuardSpec(Section):
     attacks: tuple[Annotated[str, Field(pattern=r"^(fgsm|pgd|square)-(0?\.\d*[1-9]\d*|1)$")], ...] = ()
     """what the card reports, as method-epsilon: ``fgsm`` and ``pgd`` use the classifier's gradients, ``square`` only its answers; where
     left out, FGSM and PGD, and Square for an ONNX classifier, which has no gradients"""
+    memory: MemorySpec | None = None
+    """left out: a verdict depends on its input alone"""
     tensorrt: EngineOptions = EngineOptions()
     serving: ServingSpec = ServingSpec()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,9 +15,9 @@ from noisec.benchmarks.detection import ladder
 from noisec.benchmarks.detection.subject import Subject
 from noisec.benchmarks.detection.torchscore import STATISTICS, TorchScorer, whole
 from noisec.builders.attacks import AttackSpec, attack
-from noisec.builders.calibrate import fit_tensors
+from noisec.builders.calibrate import fit_repeats, fit_tensors
 from noisec.builders.images import Floats, Images, Splits
-from noisec.builders.spec import DetectorSpec, GuardSpec
+from noisec.builders.spec import DetectorSpec, GuardSpec, MemorySpec
 from noisec.errors import NoisecError
 from noisec.python_backend.scorer.detectors import View
 
@@ -198,7 +199,7 @@ class Counting:
 
     def __call__(self, pixels: Floats):
         self.rounds.append(len(pixels))
-        return ladder.ask(self.subject, pixels)
+        return ladder.ask(self.subject, None, pixels)
 
 
 @pytest.mark.parametrize("with_score", [True, False])
@@ -208,11 +209,25 @@ def test_queries_stay_within_the_budget_and_claims_are_the_guards(subject, image
     assert found.used.sum() == sum(ask.rounds)
     assert found.used.max() <= 40
     assert (found.used[~found.reached] == 40).all()
-    logits, _, flagged = ladder.ask(subject, found.pixels)
+    logits, _, flagged = ladder.ask(subject, None, found.pixels)
     np.testing.assert_array_equal((logits.argmax(axis=1) != chosen.labels) & ~flagged, found.reached)
     assert np.abs(found.pixels - chosen.floats()).max() <= 0.1 + 1e-6
     assert found.pixels.min() >= 0
     assert found.pixels.max() <= 1
+
+
+def test_a_guard_that_remembers_its_questions_ends_the_search(subject, images, threshold):
+    chosen, remembering = images[:32], replace(subject)
+    clean = subject.tensors(subject.splits.fit.floats(), len(subject.splits.fit))[contract.PASSES["image"]]
+    repeats = fit_repeats(MemorySpec(size=600, neighbours=6), clean[:300], clean[300:], 0)
+    remembering.__dict__["scorer"] = replace(subject.scorer, repeats=repeats)
+    longest = []
+    for guard in (subject, remembering):
+        ask = partial(ladder.ask, guard, guard.scorer.new_memory())
+        found = ladder.query(ask, chosen.floats(), chosen.labels, 0.1, queries=200, with_score=False, threshold=threshold)
+        longest.append(found.used[found.reached].max())
+    assert longest[0] > 100
+    assert longest[1] < 40
 
 
 def a_guard_of_two_halves(pixels):

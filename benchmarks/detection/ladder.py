@@ -29,6 +29,7 @@ from noisec.builders.repository import passes_needed
 from noisec.builders.spec import GuardSpec
 from noisec.builders.stages import StageRunner, in_process, joined
 from noisec.builders.workbench import Workbench
+from noisec.python_backend.scorer.memory import Memory
 from noisec.python_backend.scorer.scoring import Scorer
 
 Bools = npt.NDArray[np.bool_]
@@ -177,15 +178,18 @@ class Queried:
     """[n], whether the guard answered these pixels with a wrong label and no alarm"""
 
 
-def ask(subject: Subject, images: Floats) -> tuple[Floats, Floats, Bools]:
+def ask(subject: Subject, memory: Memory | None, images: Floats) -> tuple[Floats, Floats, Bools]:
     """What the guard answers: its own stages and scorer, run in this process.
+
+    Args:
+        memory: the scorer's, of the questions before, where it has one
 
     Returns:
         LOGITS float32 [n, classes], SCORE float32 [n], IS_MALICIOUS bool [n]
     """
     tensors = joined([subject.runner.batch(batch) for batch in in_batches(images)])  # with no bar of its own: the attacker shows one
-    verdict = subject.scorer.verdict(tensors)
-    return tensors[contract.LOGITS], verdict.score, verdict.is_malicious
+    verdict = subject.scorer.outputs(tensors, memory)
+    return tensors[contract.LOGITS], verdict[contract.SCORE][:, 0], verdict[contract.IS_MALICIOUS][:, 0]
 
 
 def query(

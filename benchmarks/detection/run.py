@@ -36,6 +36,7 @@ from noisec.benchmarks.detection.surrogate import surrogate
 from noisec.benchmarks.detection.torchscore import whole
 from noisec.builders.attacks import AttackedImages, AttackSpec, attack
 from noisec.builders.build import versions
+from noisec.builders.figures import percent
 from noisec.builders.images import Floats, Images, natural
 from noisec.builders.progress import console
 from noisec.builders.workbench import Workbench
@@ -231,7 +232,7 @@ class Benchmark:
         images = self.targets[: self.plan.sizes.laddered]
         threshold = float(self.subject.scorer.threshold)
 
-        def make() -> Floats:
+        def make(folder: Path) -> Floats:
             return ladder.adaptive(whole(self.subject), images.floats(), images.labels, eps, threshold=threshold, seed=self.seed)
 
         self._laddered("adaptive", eps, make)
@@ -240,7 +241,7 @@ class Benchmark:
         """An attacker who knows the method and the classifier, and trains a guard of its own to practise on."""
         images = self.targets[: self.plan.sizes.laddered]
 
-        def make() -> Floats:
+        def make(folder: Path) -> Floats:
             own = ladder.gray_box(self.subject, self.work / "detection", self.seed + 1, self.plan.sizes.surrogate_epochs)
             return ladder.adaptive(own.whole, images.floats(), images.labels, eps, threshold=own.threshold, seed=self.seed)
 
@@ -251,23 +252,33 @@ class Benchmark:
         images = self.targets[: self.plan.sizes.laddered]
         known: dict[str, Any] = {"with_score": with_score, "threshold": float(self.subject.scorer.threshold), "seed": self.seed}
 
-        def make() -> Floats:
-            ask = partial(ladder.ask, self.subject)
-            return ladder.query(ask, images.floats(), images.labels, eps, queries=self.plan.sizes.queries, **known).pixels
+        def make(folder: Path) -> Floats:
+            ask = partial(ladder.ask, self.subject, self.subject.scorer.new_memory())
+            found = ladder.query(ask, images.floats(), images.labels, eps, queries=self.plan.sizes.queries, **known)
+            np.save(folder / "reached.npy", found.reached)
+            return found.pixels
 
         answers = "label, verdict and score" if with_score else "label and verdict"
-        self._laddered("query", eps, make, f"{self.plan.sizes.queries} queries, {answers}")
+        folder = self._laddered("query", eps, make, f"{self.plan.sizes.queries} queries, {answers}")
+        if self.subject.scorer.repeats:
+            reached = share(np.load(folder / "reached.npy"))
+            last = self.cells[-1]
+            self.cells[-1] = replace(
+                last, note=f"{last.note}; {percent(reached)} in its queries, the rest sent again when they are forgotten"
+            )
 
-    def _laddered(self, access: Access, eps: float, make: Callable[[], Floats], note: str = "") -> None:
+    def _laddered(self, access: Access, eps: float, make: Callable[[Path], Floats], note: str = "") -> Path:
+        """One attacker of the ladder; the folder with what it made."""
         images = self.targets[: self.plan.sizes.laddered]
         inputs = {**self.key, "eps": eps, "images": len(images), "queries": self.plan.sizes.queries, "note": note}
-        path = self.bench.step(access, inputs, lambda folder: AttackedImages(make(), images.labels).save(folder / "attacked.npz"))
+        path = self.bench.step(access, inputs, lambda folder: AttackedImages(make(folder), images.labels).save(folder / "attacked.npz"))
         made = AttackedImages.load(path / "attacked.npz")
         sent = self.send(made.pixels, f"{access} {note}")
         scorer = self.subject.scorer
         own = Calibrated(lambda sent: scorer.score(sent.tensors), float(scorer.threshold))
         name = {"adaptive": "PGD", "gray-box": "PGD", "query": "random search"}[access]
         self._cell("default", own, "honest", access, name, eps, sent, made.succeeded(sent.labels), note=note)
+        return path
 
     def backdoor(self, trigger: str) -> None:
         """The same guard around a classifier that a supplier has backdoored."""

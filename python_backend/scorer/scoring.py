@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .detectors import STATISTICS, WITH_HEAD, Floats, Head, Integers, Statistic, View
+from .memory import Memory, Repeats
 
 NOISE_LEVEL = "NOISE_LEVEL"
 IN_RANGE = "IN_RANGE"
@@ -163,11 +164,13 @@ class Scorer:
     detectors: tuple[Detector, ...]
     calibration: Floats
     """[m], scores of the calibration images, ascending"""
+    repeats: Repeats | None = None
+    """when an input that repeats recent ones is malicious, whatever its score; None: whatever came before it"""
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:
         """Names of the tensors to feed: float32 [n, d] for each classifier pass, and [n, 1] NOISE_LEVEL and IN_RANGE."""
-        image = (IMAGE_PENULTIMATE,) if self.needs_head else ()
+        image = (IMAGE_PENULTIMATE,) if self.needs_head or self.repeats else ()
         return tuple(dict.fromkeys([*(name for detector in self.detectors for name in detector.inputs), *image, NOISE_LEVEL, IN_RANGE]))
 
     @cached_property
@@ -237,13 +240,22 @@ class Scorer:
         score = self.score(tensors)
         return Verdict(score, conformal_p_values(self.calibration, score), ~(score <= self.threshold))
 
-    def outputs(self, tensors: Mapping[str, Floats]) -> dict[str, npt.NDArray[Any]]:
-        """The verdict as the tensors of the contract, output name -> [n, 1], with the release that gave it."""
+    def new_memory(self) -> Memory | None:
+        """For whoever answers a stream of requests with this scorer."""
+        return Memory(self.repeats) if self.repeats else None
+
+    def outputs(self, tensors: Mapping[str, Floats], memory: Memory | None = None) -> dict[str, npt.NDArray[Any]]:
+        """The verdict as the tensors of the contract, output name -> [n, 1], with the release that gave it.
+
+        Args:
+            memory: of the inputs before; it remembers these too
+        """
         verdict = self.verdict(tensors)
+        repeated = memory.repeated(tensors[IMAGE_PENULTIMATE]) if memory else np.False_
         return {
             "SCORE": verdict.score[:, None],
             "P_VALUE": verdict.p_value[:, None],
-            "IS_MALICIOUS": verdict.is_malicious[:, None],
+            "IS_MALICIOUS": (verdict.is_malicious | repeated)[:, None],
             "RELEASE": np.full((len(verdict.score), 1), self.release, np.int32),
         }
 
@@ -257,6 +269,7 @@ class Scorer:
             "detectors": np.array([detector.name for detector in self.detectors]),
             "calibration": self.calibration,
             **{f"head/{key}": value for key, value in _arrays(self.head).items()},
+            **{f"repeats/{key}": value for key, value in (_arrays(self.repeats).items() if self.repeats else ())},
         }
         for detector in self.detectors:
             arrays[f"{detector.name}/inputs"] = np.array(detector.inputs)
@@ -292,7 +305,8 @@ class Scorer:
 
         detectors = tuple(detector(name) for name in map(str, arrays["detectors"]))
         head, alpha, fusion = read(Head, "head"), float(arrays["alpha"]), str(arrays["fusion"])
-        scorer = cls(int(arrays["release"]), alpha, fusion, edges, head, detectors, arrays["calibration"])
+        repeats = read(Repeats, "repeats") if "repeats/radius" in arrays else None
+        scorer = cls(int(arrays["release"]), alpha, fusion, edges, head, detectors, arrays["calibration"], repeats)
         scorer.check()
         if release not in (None, scorer.release):
             raise ValueError(f"{path.name} is of release {scorer.release}, its folder of {release}")
@@ -321,4 +335,6 @@ class Scorer:
                     raise ValueError(f"detector {detector.name} has values that are not finite")
                 if not ((np.diff(scale.scores) > 0).all() and (np.diff(scale.surprisals) > 0).all()):
                     raise ValueError(f"the scale of detector {detector.name} does not ascend")
+        if self.repeats and not (np.isfinite(self.repeats.centre).all() and 0 < self.repeats.radius < np.inf):
+            raise ValueError(f"the radius of repeats is {self.repeats.radius}; it has to be positive and finite")
         conformal_threshold(calibration, self.alpha)

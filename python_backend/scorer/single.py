@@ -25,6 +25,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         directory = Path(args["model_repository"], args["model_version"])
         self.scorer = Scorer.load(directory / "scorer.npz", int(args["model_version"]))
+        self.memory = self.scorer.new_memory()
         self.autoencoder = open_session(directory / "autoencoder" / "model.onnx", threads=1)
         self.classifier = open_session(directory / "classifier" / "model.onnx", threads=1)
         self.beside = ThreadPoolExecutor(1)
@@ -43,7 +44,7 @@ class TritonPythonModel:
         image = beside(self.classifier.run, ["LOGITS", "PENULTIMATE"], images)
         made = dict(zip(self.made, self.autoencoder.run(self.made, images), strict=True))
         logits, penultimate = image.result()
-        return {"LOGITS": logits, **self.scorer.outputs({**made, IMAGE_PENULTIMATE: penultimate})}
+        return {"LOGITS": logits, **self.scorer.outputs({**made, IMAGE_PENULTIMATE: penultimate}, self.memory)}
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Requests for the label alone are answered apart, so that they cost no more beside others."""

@@ -29,7 +29,7 @@ SCORE: Final = "SCORE"
 P_VALUE: Final = "P_VALUE"
 """fp32 [1], conformal p-value of SCORE on clean images, in (0, 1]"""
 IS_MALICIOUS: Final = "IS_MALICIOUS"
-"""bool [1], ``not (SCORE <= threshold)``"""
+"""bool [1], ``not (SCORE <= threshold)``; with a memory also where the input nearly repeats many recent ones"""
 RELEASE: Final = "RELEASE"
 """int32 [1], the release that gave the verdict"""
 

@@ -1,0 +1,141 @@
+"""A guard that remembers: near repeats are malicious, the same image again is not, and what came before changes nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import GUARD, REPOSITORY
+from pydantic import ValidationError
+
+from noisec import contract, manifest
+from noisec.builders.calibrate import REPEATED, fit_repeats
+from noisec.builders.repository import read_widths, scorer_inputs, write_repository
+from noisec.builders.spec import DetectorSpec, GuardSpec, MemorySpec, ServingSpec
+from noisec.builders.stages import StageRunner, in_process
+from noisec.clients import GuardClient
+from noisec.contract import stage_model
+from noisec.errors import NoisecError
+from noisec.manifest import verify_repository
+from noisec.python_backend.scorer.memory import Memory, Repeats
+from noisec.python_backend.scorer.scoring import Scorer
+from noisec.python_backend.server import EmbeddedServer
+
+IMAGE = contract.PASSES["image"]
+NEIGHBOURS, SIZE = 5, 300
+
+
+def rule(neighbours: int = 3, size: int = 10) -> Repeats:
+    return Repeats(np.zeros(2, np.float32), np.float32(1), np.array(neighbours), np.array(size))
+
+
+def near(count: int, place: float = 0.0) -> np.ndarray:
+    """Distinct rows within .1 of each other."""
+    return np.stack([place + np.linspace(0, 0.1, count), np.zeros(count)], axis=1).astype(np.float32)
+
+
+def test_the_fourth_of_near_inputs_repeats_three_whether_they_come_together_or_one_by_one():
+    apart = Memory(rule())
+    assert [bool(apart.repeated(row[None])[0]) for row in near(6)] == [False, False, False, True, True, True]
+    assert Memory(rule()).repeated(near(3)).tolist() == [False] * 3
+    assert Memory(rule()).repeated(near(4)).tolist() == [True] * 4
+
+
+def test_the_same_input_again_and_again_is_no_repeat_and_takes_no_place():
+    memory = Memory(rule())
+    for rows in (near(1), np.repeat(near(1), 20, axis=0), *[near(1)] * 20):
+        assert not memory.repeated(rows).any()
+    assert not memory.repeated(near(3)).any()  # one of the three is remembered already
+    assert memory.repeated(near(4)[1:2]).all()
+
+
+def test_the_oldest_inputs_are_forgotten_first():
+    memory = Memory(rule(size=4))
+    memory.repeated(near(3))
+    memory.repeated(np.array([[50, 0], [90, 0]], np.float32))  # two places more than are free, one of them an old one's
+    assert not memory.repeated(near(4)[1:2]).any()
+    large = Memory(rule(size=4))
+    large.repeated(np.concatenate([near(3), near(4, 50.0)]))  # a batch larger than the memory
+    assert large.repeated(near(9, 50.0)[4:5]).all()
+    assert not large.repeated(near(9)[4:5]).any()
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, 3e38])
+def test_what_is_no_number_is_neither_a_repeat_nor_remembered(broken):
+    memory = Memory(rule())
+    rows = np.concatenate([near(3), np.full((5, 2), broken, np.float32)])
+    assert not memory.repeated(rows).any()
+    assert memory.repeated(near(4)[1:2]).all()
+
+
+def test_a_thousandth_of_clean_inputs_is_taken_for_repeats():
+    rows = np.random.default_rng(0).normal(size=(12000, 8)).astype(np.float32)
+    found = fit_repeats(MemorySpec(size=2000, neighbours=NEIGHBOURS), rows[:4000], rows[4000:8000], 0)
+    memory = Memory(found)
+    for part in np.array_split(rows[:4000], 100):
+        memory.repeated(part)
+    flagged = np.concatenate([memory.repeated(part) for part in np.array_split(rows[8000:], 100)])
+    assert np.mean(flagged) <= 3 * REPEATED
+    assert memory.repeated(rows[8000] + 3 * near(9)[:, :1] * np.eye(8, dtype=np.float32)[:1]).all()
+
+
+def test_a_memory_that_the_fit_images_do_not_fill_asks_for_as_many_neighbours_among_as_many():
+    rows = np.random.default_rng(0).normal(size=(8000, 8)).astype(np.float32)
+    whole, half = (fit_repeats(MemorySpec(size=4000, neighbours=20), rows[:count], rows[4000:], 0) for count in (4000, 2000))
+    assert half.radius == pytest.approx(whole.radius, rel=0.1)
+    with pytest.raises(NoisecError, match="clean images repeat each other"):
+        fit_repeats(MemorySpec(size=100, neighbours=2), np.ones((200, 3), np.float32), np.ones((100, 3), np.float32), 0)
+
+
+def test_a_memory_needs_the_images_own_activations(spec):
+    noise = spec.model_copy(update={"detectors": (DetectorSpec(view="noise"),), "memory": MemorySpec()})
+    assert IMAGE in scorer_inputs(noise)
+    assert IMAGE not in scorer_inputs(noise.model_copy(update={"memory": None}))
+    with pytest.raises(ValidationError, match="30 neighbours cannot be found among 20 inputs"):
+        MemorySpec(size=20, neighbours=30)
+
+
+@pytest.fixture(scope="module", params=["staged", "single"])
+def remembering(request, tmp_path_factory, report):
+    """A server of the reference guard with a memory."""
+    content = manifest.read_manifest(REPOSITORY, GUARD)
+    release = content["release"]
+    spec = GuardSpec.model_validate(content["spec"]).model_copy(
+        update={"memory": MemorySpec(size=SIZE, neighbours=NEIGHBOURS), "serving": ServingSpec(layout="staged")}
+    )
+    stages = {stage: REPOSITORY / stage_model(GUARD, stage) / str(release) for stage in ("autoencoder", "classifier")}
+    run = StageRunner.of(spec, in_process(stages, 1))
+    rows = run((batch.floats() for batch in report[1000:3000].batches()), 2000)[IMAGE]
+    scorer = Scorer.load(REPOSITORY / stage_model(GUARD, "scorer") / str(release) / "scorer.npz")
+    scorer = replace(scorer, repeats=fit_repeats(spec.memory, rows[:1000], rows[1000:], 0))
+    folder = tmp_path_factory.mktemp("remembering")
+    widths, names = read_widths(REPOSITORY, GUARD)
+    write_repository(folder, spec, widths, names, stages, scorer)
+    manifest.write_manifest(folder, GUARD, release, {**content, "spec": spec.model_dump(mode="json")})
+    if request.param == "single":
+        from noisec.builders.layout import rearrange
+
+        rearrange(folder, GUARD, ServingSpec(layout="single"), folder)
+    assert verify_repository(folder) == []
+    with EmbeddedServer(folder) as running:
+        yield running
+
+
+def test_a_search_around_one_image_is_flagged_and_other_clients_are_not(remembering, client, report):
+    pixels = report[:60].pixels
+    usual = client.classify(pixels)
+    generator = np.random.default_rng(0)
+    searching = np.clip(pixels[:1] + generator.choice([-3, 3], (30, *pixels.shape[1:])), 0, 255).astype(np.uint8)
+    alone = client.classify(searching)
+    with GuardClient(remembering.grpc_url, GUARD) as asking:
+        for _ in range(3):  # the same images again are no repeats
+            verdicts = asking.classify(pixels)
+            np.testing.assert_array_equal(verdicts.is_malicious, usual.is_malicious)
+        steps = [asking.classify(searching[index : index + 1]) for index in range(len(searching))]
+        flagged = np.array([step.is_malicious[0] for step in steps])
+        assert flagged[NEIGHBOURS + 1 :].all()
+        np.testing.assert_array_equal(flagged[: NEIGHBOURS - 1], alone.is_malicious[: NEIGHBOURS - 1])
+        np.testing.assert_allclose([step.scores[0] for step in steps], alone.scores, rtol=1e-3, atol=1e-3)
+        np.testing.assert_array_equal([step.labels[0] for step in steps], alone.labels)
+        np.testing.assert_array_equal(asking.classify(pixels[1:]).is_malicious, usual.is_malicious[1:])
