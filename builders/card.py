@@ -73,7 +73,10 @@ def write_card(
         if spec.autoencoder.guidance
         else "",
         patches=f", {percent(spec.autoencoder.patches, 0)} of them also with a random patch" if spec.autoencoder.patches else "",
-        detectors=", ".join(f"`{detector.name}`" for detector in spec.detectors),
+        detectors=", ".join(f"`{detector.name}`" for detector in spec.detectors)
+        + (
+            f"; malicious besides: what {spec.memory.neighbours} of the last {spec.memory.size} inputs nearly repeat" if spec.memory else ""
+        ),
         fit=spec.data.fit,
         calibrate=spec.data.calibrate,
         natural=spec.natural_noise_sd,

@@ -37,7 +37,7 @@ from noisec.benchmarks.detection.torchscore import whole
 from noisec.builders.attacks import AttackedImages, AttackSpec, attack
 from noisec.builders.build import versions
 from noisec.builders.figures import percent
-from noisec.builders.images import Floats, Images, natural
+from noisec.builders.images import BATCH, Floats, Images, natural
 from noisec.builders.progress import console
 from noisec.builders.workbench import Workbench
 
@@ -374,6 +374,16 @@ def shuffled_noise(clean: Floats, attacked: Floats, seed: int) -> Floats:
     return result
 
 
+def remembered(benchmark: Benchmark) -> str:
+    """What a guard's memory, full of natural images, takes for repeats of them among images that it has never seen."""
+    memory, name = benchmark.subject.scorer.new_memory(), contract.PASSES["image"]
+    assert memory
+    memory.repeated(benchmark.fit.tensors[name])
+    fresh = benchmark.clean.tensors[name]
+    flagged = sum(int(memory.repeated(rows).sum()) for rows in np.array_split(fresh, -(-len(fresh) // BATCH)))
+    return f"{flagged} of {len(fresh)} clean images, sent after {len(benchmark.fit.pixels)} others, are taken for repeats"
+
+
 def run_benchmark(subject: Subject, plan: Plan, work: Path, out: Path, seed: int, command: str, seeds: int = 1) -> list[Cell]:
     """Measure one guard and write its tables and plots into ``out``; interrupted with Ctrl-C, what is finished.
 
@@ -392,6 +402,7 @@ def run_benchmark(subject: Subject, plan: Plan, work: Path, out: Path, seed: int
     except KeyboardInterrupt:
         console.print("interrupted: writing the cells that are finished; the same command goes on from here")
     facts = {
+        **({"memory": remembered(benchmark)} if subject.scorer.repeats else {}),
         "command": command,
         "seed": ", ".join(map(str, sorted({cell.seed for cell in cells}))) + REPEATED * (seeds > 1),
         "versions": {**versions(), "torch": torch.__version__},
