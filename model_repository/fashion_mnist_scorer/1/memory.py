@@ -37,9 +37,8 @@ class Memory:
 
     def __init__(self, rule: Repeats) -> None:
         self._rule = rule
-        self._same = float(SAME * rule.radius) ** 2
-        self._rows = np.zeros((int(rule.size), len(rule.centre)), np.float32)
-        self._squares = np.zeros(int(rule.size), np.float32)
+        self._points = np.zeros((int(rule.size), len(rule.centre) + 1), np.float32)
+        """[size, d + 1], a remembered input's activations around the centre, and minus half their squared length"""
         self._seen = 0
         """inputs that were ever remembered"""
 
@@ -54,24 +53,21 @@ class Memory:
         """
         with np.errstate(over="ignore", invalid="ignore"):
             rows = (activations - self._rule.centre).astype(np.float32)
-            squares = (rows * rows).sum(axis=1)
-            known = min(self._seen, len(self._rows))
-            before = squares[:, None] - 2 * (rows @ self._rows[:known].T) + self._squares[:known]
-            beside = squares[:, None] - 2 * (rows @ rows.T) + squares
-        same = (before <= self._same).any(axis=1) | np.tril(beside <= self._same, -1).any(axis=1)
-        fresh = np.flatnonzero(np.isfinite(squares) & ~same)
-        near = self._near(before).sum(axis=1) + self._near(beside[:, fresh]).sum(axis=1)
-        self._remember(rows, squares, fresh)
-        repeated: npt.NDArray[np.bool_] = near >= self._rule.neighbours
+            lengths = np.einsum("nd,nd->n", rows, rows)
+            points = np.concatenate([rows, -0.5 * lengths[:, None]], axis=1)
+            # |a - b|^2 <= r^2 as a.b - |b|^2 / 2 >= (|a|^2 - r^2) / 2: the left side is one matrix product.
+            products = [np.column_stack([rows, np.ones(len(rows), np.float32)]) @ held.T for held in (self._points[: self._seen], points)]
+            near, same = (((lengths - radius**2) / 2)[:, None] for radius in (self._rule.radius, SAME * self._rule.radius))
+            before, beside = products
+            known = (before.max(axis=1, initial=-np.inf) >= same[:, 0]).astype(np.intp)
+            fresh = np.flatnonzero(np.isfinite(lengths) & (known == 0) & ~np.tril(beside >= same, -1).any(axis=1))
+            others = beside[:, fresh]
+            found = np.count_nonzero(before >= near, axis=1) - known + ((others >= near) & (others < same)).sum(axis=1)
+        self._remember(points[fresh])
+        repeated: npt.NDArray[np.bool_] = found >= self._rule.neighbours
         return repeated
 
-    def _near(self, distances: Floats) -> npt.NDArray[np.bool_]:
-        """Whether squared distances are those of inputs that are nearly, but not quite, the same."""
-        found: npt.NDArray[np.bool_] = (distances <= self._rule.radius**2) & (distances > self._same)
-        return found
-
-    def _remember(self, rows: Floats, squares: Floats, fresh: npt.NDArray[np.intp]) -> None:
-        fresh = fresh[-len(self._rows) :]
-        places = (self._seen + np.arange(len(fresh))) % len(self._rows)
-        self._rows[places], self._squares[places] = rows[fresh], squares[fresh]
-        self._seen += len(fresh)
+    def _remember(self, points: Floats) -> None:
+        points = points[-len(self._points) :]
+        self._points[(self._seen + np.arange(len(points))) % len(self._points)] = points
+        self._seen += len(points)
