@@ -94,3 +94,27 @@ def test_errors_are_printed_alone(tmp_path):
 @pytest.mark.parametrize("command", ["build", "calibrate", "compile", "inspect", "serve", "classify", "verify", "demo"])
 def test_every_command_explains_itself_with_an_example(command):
     assert f"Example: noisec {command}" in " ".join(noisec(command, "--help").split())
+
+
+KILLED = """
+import time
+from noisec.cli import app, bench
+
+@bench.command()
+def nothing():
+    try:
+        print("begun", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleaned up", flush=True)
+
+app(["bench", "nothing"])
+"""
+
+
+def test_a_measurement_that_is_killed_cleans_up_as_after_ctrl_c():
+    with subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        process.terminate()
+        assert process.communicate(timeout=30)[0] == "cleaned up\n"

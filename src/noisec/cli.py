@@ -359,6 +359,13 @@ bench = typer.Typer(
 app.add_typer(bench, name="bench")
 
 
+@bench.callback()
+def _ended_as_by_ctrl_c() -> None:
+    import signal
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is finished is written, what was started is stopped
+
+
 @bench.command()
 def detection(
     repository: Repository,
