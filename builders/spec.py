@@ -119,7 +119,8 @@ class ClassifierSpec(Section):
     mirror: bool = False
     """train on mirrored images too; not for classes that a mirror turns into each other, such as digits or traffic signs"""
     mixed_precision: bool = False
-    """train with bfloat16 convolutions, weights stay float32: twice as fast on processors and GPUs that have them, slower on others"""
+    """train with bfloat16 convolutions, weights stay float32: twice as fast on processors and GPUs that have them, three
+    times as slow on others"""
     backdoor: BackdoorSpec | None = None
 
     @property

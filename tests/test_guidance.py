@@ -7,6 +7,7 @@ import torch
 from conftest import GUARD, REPOSITORY
 
 from noisec import contract
+from noisec.builders import train
 from noisec.builders.networks import DENOISERS
 from noisec.builders.sources import fashion_mnist
 from noisec.builders.spec import AutoencoderSpec
@@ -66,6 +67,22 @@ def test_mixed_precision_learns_as_much(classify, images, tmp_path):
             left[mixed] = float((denoiser(moved) - images).square().mean())
     assert left[False] != left[True], "it made no difference: nothing ran in bfloat16"
     assert left[True] < 1.2 * left[False] < 1.2 * float((moved - images).square().mean())
+
+
+@pytest.mark.parametrize(
+    ("found", "slow"),
+    [
+        ({"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}, True),
+        ({"architecture": "x86_64", "avx512_bf16": True}, False),
+        ({"architecture": "x86_64", "amx_bf16": True}, False),
+        ({"architecture": "aarch64"}, False),
+    ],
+)
+def test_mixed_precision_warns_where_it_is_slow(monkeypatch, capsys, found, slow):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    monkeypatch.setattr(train, "DEVICE", torch.device("cpu"))
+    train.lowered(lambda images, labels: images.mean())
+    assert ("float32 trains about three times as fast" in " ".join(capsys.readouterr().err.split())) == slow
 
 
 def test_without_guidance_the_classifier_is_not_asked(tmp_path, report):
