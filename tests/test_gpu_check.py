@@ -25,7 +25,6 @@ from noisec.benchmarks.gpu.prepared import ATTACKED, Guard, Prepared
 from noisec.benchmarks.gpu.report import Result
 from noisec.benchmarks.gpu.stages import asking
 from noisec.builders.engine import gpus
-from noisec.builders.export import OPSET
 from noisec.builders.figures import Answers
 from noisec.builders.images import Splits
 from noisec.builders.stages import in_process
@@ -92,6 +91,19 @@ def test_torch_operations_answer_as_onnx_runtime(guard, pixels, stage, feed):
         ("HardSwish", {}, ()),
         ("Tanh", {}, ()),
         ("Softmax", {"axis": 2}, ()),
+        ("Elu", {"alpha": 0.5}, ()),
+        ("Selu", {}, ()),
+        ("PRelu", {}, (np.full((1, 1, 1), 0.3, np.float32),)),
+        ("Gelu", {}, ()),
+        ("Gelu", {"approximate": "tanh"}, ()),
+        ("Softplus", {}, ()),
+        ("Erf", {}, ()),
+        ("Exp", {}, ()),
+        ("Neg", {}, ()),
+        ("ReduceMax", {"keepdims": 0}, (np.array([2, 3]),)),
+        ("ReduceSum", {}, (np.array([2]),)),
+        ("InstanceNormalization", {"epsilon": 1e-4}, (np.full(1, 2, np.float32), np.full(1, 0.5, np.float32))),
+        ("GlobalMaxPool", {}, ()),
     ],
 )
 def test_operations_of_other_classifiers_answer_as_onnx_runtime(tmp_path, kind, attributes, constants):
@@ -100,12 +112,12 @@ def test_operations_of_other_classifiers_answer_as_onnx_runtime(tmp_path, kind, 
     held = [numpy_helper.from_array(np.asarray(value), f"c{index}") for index, value in enumerate(constants)]
     node = helper.make_node(kind, [contract.IMAGE, *(one.name for one in held)], ["OUT"], **attributes)
     graph = helper.make_graph([node], "g", [image], [out], initializer=held)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10), tmp_path / "model.onnx")
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "model.onnx")
     images = np.random.default_rng(0).normal(0, 3, (3, 1, 6, 6)).astype(np.float32)
     (wanted,) = open_session(tmp_path / "model.onnx").run(None, {contract.IMAGE: images})
     (found,) = TorchGraph(tmp_path / "model.onnx")(torch.from_numpy(images))
     assert found.shape == wanted.shape
-    assert np.abs(found.numpy() - wanted).max() < 1e-5
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_the_range_check_is_the_same_in_half_precision(guard, pixels):
