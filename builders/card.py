@@ -38,7 +38,7 @@ An attacker who holds the guard's own weights is not among these attacks, and is
 {audit}- autoencoder: `{autoencoder}`, trained on {train} clean images with noise of sd 0 to {noise_sd}{patches}{guided}
 - detectors: {detectors}, fitted on {fit} clean images and calibrated on {calibrate} others,
   half of them with sensor noise of sd 0 to {natural}
-- {levels} noise level(s), runtime `{runtime}`, precision `{precision}`, seed {seed}
+{memory}- {levels} noise level(s), runtime `{runtime}`, precision `{precision}`, seed {seed}
 
 `{release}/manifest.json` holds all figures, versions and the SHA-256 of every file.
 """
@@ -73,10 +73,10 @@ def write_card(
         if spec.autoencoder.guidance
         else "",
         patches=f", {percent(spec.autoencoder.patches, 0)} of them also with a random patch" if spec.autoencoder.patches else "",
-        detectors=", ".join(f"`{detector.name}`" for detector in spec.detectors)
-        + (
-            f"; malicious besides: what {spec.memory.neighbours} of the last {spec.memory.size} inputs nearly repeat" if spec.memory else ""
-        ),
+        detectors=", ".join(f"`{detector.name}`" for detector in spec.detectors),
+        memory=f"- memory: what {spec.memory.neighbours} of the last {spec.memory.size} inputs nearly repeat is malicious too\n"
+        if spec.memory
+        else "",
         fit=spec.data.fit,
         calibrate=spec.data.calibrate,
         natural=spec.natural_noise_sd,

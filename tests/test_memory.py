@@ -11,6 +11,8 @@ from pydantic import ValidationError
 
 from noisec import contract, manifest
 from noisec.builders.calibrate import REPEATED, fit_repeats
+from noisec.builders.card import write_card
+from noisec.builders.layout import rearrange
 from noisec.builders.repository import read_widths, scorer_inputs, write_repository
 from noisec.builders.spec import DetectorSpec, GuardSpec, MemorySpec, ServingSpec
 from noisec.builders.stages import StageRunner, in_process
@@ -96,6 +98,14 @@ def test_a_memory_needs_the_images_own_activations(spec):
         MemorySpec(size=20, neighbours=30)
 
 
+def test_the_card_names_a_memory_where_there_is_one(spec, tmp_path):
+    content, (widths, _) = manifest.read_manifest(REPOSITORY, GUARD), read_widths(REPOSITORY, GUARD)
+    for memory, named in ((MemorySpec(), True), (None, False)):
+        guard = spec.model_copy(update={"memory": memory})
+        write_card(tmp_path, guard, content["classifier"], widths, content["figures"], content["precisions"])
+        assert ("what 20 of the last 4096 inputs nearly repeat is malicious too" in (tmp_path / GUARD / "README.md").read_text()) == named
+
+
 @pytest.fixture(scope="module", params=["staged", "single"])
 def remembering(request, tmp_path_factory, report):
     """A server of the reference guard with a memory."""
@@ -114,8 +124,6 @@ def remembering(request, tmp_path_factory, report):
     write_repository(folder, spec, widths, names, stages, scorer)
     manifest.write_manifest(folder, GUARD, release, {**content, "spec": spec.model_dump(mode="json")})
     if request.param == "single":
-        from noisec.builders.layout import rearrange
-
         rearrange(folder, GUARD, ServingSpec(layout="single"), folder)
     assert verify_repository(folder) == []
     with EmbeddedServer(folder) as running:
