@@ -40,7 +40,6 @@ SURVIVALS = np.array([0.99, 0.9, 0.75, 0.5, 0.25, 0.1, 0.02])
 MAX_CONDITION = 1e12
 REPEATED = 0.001
 """share of clean images that may be taken for repeats of others"""
-ROWS_AT_ONCE = 500
 POINTS_A_CLASS, POINTS = 100, 600
 """reference points of the density, for each class, and of the local dimension"""
 NEIGHBOURS = 20
@@ -182,32 +181,34 @@ def fit_detector(spec: DetectorSpec, view: View, levels: npt.NDArray[np.intp], c
     return Detector(spec.name, spec.kind, spec.inputs, statistics, scales)
 
 
-def fit_repeats(spec: MemorySpec, fit: Floats, calibration: Floats, seed: int) -> Repeats:
+def fit_repeats(spec: MemorySpec, fit: View, calibration: View, seed: int) -> Repeats:
     """How near inputs have to be for one to repeat the others.
 
-    Each calibration image meets a memory of fit images: the radius is that within which a share `REPEATED` of them, or one where they are
-    fewer than its inverse, has enough neighbours there.
+    Each calibration image meets a memory that is full of fit images of its own predicted class, as if nothing else had been sent for a
+    while: the radius is that within which a share `REPEATED` of them, or one where they are fewer than its inverse, has enough neighbours.
+    Few fit images of a class make it small, and the memory blind to all but the nearest repeats.
 
     Args:
-        fit: penultimate activations of natural images, float32 [n, d]
-        calibration: of others, float32 [m, d]
+        fit: of natural images, the view ``image``
+        calibration: of others
 
     Raises:
         NoisecError: the images repeat each other.
     """
-    chosen = np.random.default_rng(seed).permutation(len(fit))[: spec.size]
-    rank = max(1, round(spec.neighbours * len(chosen) / spec.size))  # a memory that the fit images do not fill has fewer neighbours
-    nearest = [
-        np.partition(squared_distances(part, fit[chosen]), rank - 1, axis=1)[:, rank - 1]
-        for part in np.array_split(calibration, -(-len(calibration) // ROWS_AT_ONCE))
-    ]
-    distances = np.sqrt(np.sort(np.concatenate(nearest)))
-    radius = distances[max(0, int(REPEATED * (1 + len(distances))) - 1)]
+    centre = fit.vectors.mean(axis=0)
+    generator = np.random.default_rng(seed)
+    nearest = []
+    for label in np.unique(calibration.labels):
+        known = class_rows(fit.vectors, fit.labels, label) - centre
+        known = known[generator.permutation(len(known))[: spec.size]]
+        rank = max(1, round(spec.neighbours * len(known) / spec.size))  # a memory that they do not fill has fewer neighbours
+        distances = squared_distances(calibration.vectors[calibration.labels == label] - centre, known)
+        nearest.append(np.partition(distances, rank - 1, axis=1)[:, rank - 1])
+    radii = np.sqrt(np.sort(np.concatenate(nearest)))
+    radius = radii[max(0, int(REPEATED * (1 + len(radii))) - 1)]
     if not radius > 0:
-        raise NoisecError(
-            f"memory: clean images repeat each other ({rank} of {len(chosen)} are the same to the classifier); leave [memory] out"
-        )
-    return Repeats(fit.mean(axis=0), radius, np.array(spec.neighbours), np.array(spec.size))
+        raise NoisecError("memory: clean images repeat each other, they are the same to the classifier; leave [memory] out")
+    return Repeats(centre, radius, np.array(spec.neighbours), np.array(spec.size))
 
 
 def fit_scorer(spec: GuardSpec, run: StageRunner, splits: Splits, head: Head = NO_HEAD) -> Scorer:
@@ -230,7 +231,10 @@ def fit_tensors(spec: GuardSpec, fit: Mapping[str, Floats], calibration: Mapping
         fit_detector(one, View(tuple(fit[name] for name in one.inputs), labels, head), levels, spec.noise_levels, spec.seed)
         for one in spec.detectors
     )
-    image = contract.PASSES["image"]
-    repeats = fit_repeats(spec.memory, fit[image], calibration[image], spec.seed) if spec.memory else None
+    repeats = fit_repeats(spec.memory, _image_view(fit, head), _image_view(calibration, head), spec.seed) if spec.memory else None
     scorer = Scorer(spec.release, spec.target_fpr, spec.fusion, edges, head, detectors, np.empty(0, np.float32), repeats)
     return replace(scorer, calibration=np.sort(scorer.score(calibration)))
+
+
+def _image_view(tensors: Mapping[str, Floats], head: Head) -> View:
+    return View((tensors[contract.PASSES["image"]],), tensors[contract.LOGITS].argmax(axis=1), head)

@@ -210,12 +210,12 @@ class MemorySpec(Section):
     """Stateful detection (Chen, Carlini and Wagner 2019): the scorer remembers recent inputs, and one that many of them nearly repeat is
     malicious whatever its score, as are the questions of an attacker who searches with the guard's answers. How near that is comes from
     clean images, of which a thousandth may be taken for repeats. The very same image again and again is no repeat; frames of a camera
-    that stands still are."""
+    that stands still are. The memory is everybody's: a search with ``size / neighbours`` other inputs between its questions goes unseen."""
 
     size: Annotated[int, Field(ge=1, le=100_000)] = 4096
     """inputs that each instance of the scorer remembers"""
     neighbours: Annotated[int, Field(ge=2)] = 20
-    """recent inputs that are nearly the same, from which on another is malicious: about as many questions an attacker has for an image"""
+    """how many recent inputs have to be nearly the same for another to be malicious"""
 
     @model_validator(mode="after")
     def _can_be_reached(self) -> MemorySpec:

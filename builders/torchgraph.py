@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper, version_converter
 from torch import Tensor
 from torch.nn import functional
 
 from noisec import contract
+from noisec.builders.export import OPSET
 from noisec.builders.precision import EXACT, LOWERED
 from noisec.errors import NoisecError
 
@@ -79,6 +80,18 @@ def _slice(
     return tensor[tuple(chosen)]
 
 
+def _gather(attributes: Mapping[str, Any], tensor: Tensor, places: list[int]) -> Tensor:
+    return tensor.index_select(attributes.get("axis", 0), torch.tensor(places, device=tensor.device))
+
+
+def _resize(attributes: Mapping[str, Any], images: Tensor, region: None, scales: Tensor, sizes: list[int] | None = None) -> Tensor:
+    how = {name: attributes.get(name, b"").decode() for name in ("mode", "coordinate_transformation_mode")}
+    if sizes is not None or how not in RESIZED:
+        raise NoisecError(f"Resize with {how} cannot run as a torch operation")
+    height, width = (int(size * scale) for size, scale in zip(images.shape[2:], scales.tolist()[2:], strict=True))
+    return functional.interpolate(images, (height, width), mode="bilinear", align_corners=False)
+
+
 def _split(attributes: Mapping[str, Any], tensor: Tensor) -> tuple[Tensor, ...]:
     return tensor.chunk(attributes["num_outputs"], attributes.get("axis", 0))
 
@@ -104,6 +117,7 @@ def _plain(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda attributes, *tensors: function(*tensors)
 
 
+RESIZED = [{"mode": "linear", "coordinate_transformation_mode": mode} for mode in ("pytorch_half_pixel", "half_pixel")]
 TYPES = {TensorProto.FLOAT: torch.float32, TensorProto.FLOAT16: torch.float16, TensorProto.BOOL: torch.bool}
 OPERATIONS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "Conv": _convolution,
@@ -120,13 +134,15 @@ OPERATIONS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "GlobalMaxPool": lambda attributes, images: images.amax(dim=(2, 3), keepdim=True),
     "Identity": lambda attributes, tensor: tensor,
     "Slice": _slice,
+    "Gather": _gather,
+    "Resize": _resize,
     "Split": _split,
     "Pad": _pad,
     "Reshape": _reshape,
     "Flatten": _flatten,
     "Unsqueeze": _unsqueeze,
     "Squeeze": lambda attributes, tensor, axes=None: tensor.squeeze() if axes is None else tensor.squeeze(axes),
-    "Transpose": lambda attributes, tensor: tensor.permute(attributes["perm"]),
+    "Transpose": lambda attributes, tensor: tensor.permute(attributes.get("perm", [*reversed(range(tensor.ndim))])),
     "ReduceMean": _reduce(torch.mean),
     "ReduceMin": _reduce(torch.amin),
     "ReduceMax": _reduce(torch.amax),
@@ -176,6 +192,21 @@ After = Callable[[Step, Tensor], Tensor]
 """(a node, its first output) -> what the nodes behind it read"""
 
 
+def _recent(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+    """The same model in an opset in which operations are as `OPERATIONS` has them: axes are inputs from 13 and 18 on.
+
+    Raises:
+        NoisecError: it cannot be converted.
+    """
+    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), OPSET)
+    if opset >= OPSET:
+        return model
+    try:
+        return version_converter.convert_version(model, OPSET)
+    except Exception as error:  # the converter raises whatever its C++ throws
+        raise NoisecError(f"{path}: opset {opset} cannot be converted to {OPSET}: {error}; export it again with that opset") from error
+
+
 class TorchGraph:
     """An ONNX graph, executed with torch operation by operation; gradients flow through it.
 
@@ -188,8 +219,8 @@ class TorchGraph:
     """
 
     def __init__(self, path: Path, device: str = "cpu", *, half: bool = False) -> None:
-        graph = onnx.load(path).graph
-        unknown = sorted({node.op_type for node in graph.node} - OPERATIONS.keys())
+        graph = _recent(onnx.load(path), path).graph
+        unknown = sorted({node.op_type for node in graph.node} - OPERATIONS.keys() - {"Constant"})
         if unknown:
             raise NoisecError(f"{path}: {', '.join(unknown)} cannot run as torch operations; known are {', '.join(OPERATIONS)}")
         self.shape = tuple(int(size.dim_value) for size in graph.input[0].type.tensor_type.shape.dim[1:])
@@ -199,17 +230,19 @@ class TorchGraph:
         self.steps = [
             Step(node.op_type, {a.name: helper.get_attribute_value(a) for a in node.attribute}, tuple(node.input), tuple(node.output))
             for node in graph.node
+            if node.op_type != "Constant"
         ]
         lowered = {name for step in self.steps if half and step.kind in LOWERED for name in step.inputs[1:]}
         self.constants: dict[str, Any] = {"": None}  # an input that is left out has no name
         """name -> weights as a tensor, shapes and axes as a list"""
-        for tensor in graph.initializer:
+        inside = [(node.output[0], node.attribute[0].t) for node in graph.node if node.op_type == "Constant"]
+        for name, tensor in [*((tensor.name, tensor) for tensor in graph.initializer), *inside]:
             array = numpy_helper.to_array(tensor)
             if array.dtype == np.int64:
-                self.constants[tensor.name] = array.tolist()
+                self.constants[name] = array.tolist()
             else:
                 weight = torch.from_numpy(array.copy()).to(device)
-                self.constants[tensor.name] = weight.half() if tensor.name in lowered else weight
+                self.constants[name] = weight.half() if name in lowered else weight
 
     def __call__(self, images: Tensor, weights: Mapping[str, Tensor] | None = None, after: After | None = None) -> tuple[Tensor, ...]:
         """float32 [n, C, H, W] -> the graph's outputs in their order, float32 [n, ...] each.

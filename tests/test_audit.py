@@ -357,6 +357,7 @@ def test_batch_norms_that_an_export_has_folded_away_are_found_again_in_its_answe
     [
         (("Conv", "BatchNormalization", "Relu", "Gemm"), ["1"]),
         (("Conv", "Relu", "Conv", "Gemm", "Gemm"), ["0", "2"]),
+        (("Conv", "Relu", "Conv", "GlobalAveragePool"), ["0"]),
         (("Gemm", "Relu", "MatMul", "Add"), ["0"]),
     ],
 )

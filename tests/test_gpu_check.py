@@ -24,9 +24,12 @@ from noisec.benchmarks.gpu.pack import install_script, split_into_pieces
 from noisec.benchmarks.gpu.prepared import ATTACKED, Guard, Prepared
 from noisec.benchmarks.gpu.report import Result
 from noisec.benchmarks.gpu.stages import asking
+from noisec.builders.classifier import choose_penultimate, dissect, make_stage, read_model
 from noisec.builders.engine import gpus
+from noisec.builders.export import export_plain
 from noisec.builders.figures import Answers
 from noisec.builders.images import Splits
+from noisec.builders.spec import PreprocessingSpec
 from noisec.builders.stages import in_process
 from noisec.builders.torchgraph import TorchGraph
 from noisec.builders.variants import NETWORK_STAGES
@@ -82,6 +85,8 @@ def test_torch_operations_answer_as_onnx_runtime(guard, pixels, stage, feed):
         ("AveragePool", {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1], "count_include_pad": 1}, ()),
         ("Squeeze", {}, (np.array([1]),)),
         ("Transpose", {"perm": [0, 2, 3, 1]}, ()),
+        ("Transpose", {}, ()),
+        ("Gather", {"axis": 2}, (np.array([3, 1]),)),
         ("LeakyRelu", {}, ()),
         ("LeakyRelu", {"alpha": 0.2}, ()),
         ("Clip", {}, (np.float32(0), np.float32(6))),
@@ -118,6 +123,43 @@ def test_operations_of_other_classifiers_answer_as_onnx_runtime(tmp_path, kind, 
     (found,) = TorchGraph(tmp_path / "model.onnx")(torch.from_numpy(images))
     assert found.shape == wanted.shape
     np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "attributes"),
+    [("Squeeze", {"axes": [1]}), ("Unsqueeze", {"axes": [0]}), ("ReduceMean", {"axes": [2], "keepdims": 0}), ("Softmax", {"axis": 3})],
+)
+def test_graphs_of_old_opsets_answer_as_onnx_runtime(tmp_path, kind, attributes):
+    image = helper.make_tensor_value_info(contract.IMAGE, TensorProto.FLOAT, [3, 1, 6, 6])
+    out = helper.make_tensor_value_info("OUT", TensorProto.FLOAT, None)
+    two = helper.make_node("Constant", [], ["two"], value=numpy_helper.from_array(np.float32(2)))
+    nodes = [two, helper.make_node("Mul", [contract.IMAGE, "two"], ["twice"]), helper.make_node(kind, ["twice"], ["OUT"], **attributes)]
+    graph = helper.make_graph(nodes, "g", [image], [out])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=7), tmp_path / "model.onnx")
+    images = np.random.default_rng(0).normal(0, 3, (3, 1, 6, 6)).astype(np.float32)
+    (wanted,) = open_session(tmp_path / "model.onnx").run(None, {contract.IMAGE: images})
+    (found,) = TorchGraph(tmp_path / "model.onnx")(torch.from_numpy(images))
+    assert found.shape == wanted.shape
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(12, 9), (4, 4)])
+def test_resized_images_are_those_of_onnx_runtime(tmp_path, size):
+    spec = PreprocessingSpec(size=size, channel_order="bgr", mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
+    images = np.random.default_rng(0).random((3, 3, 6, 6)).astype(np.float32)
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 3)
+    )
+    export_plain(network, torch.zeros(2, 3, *size), tmp_path / "plain.onnx")
+    model = read_model(tmp_path / "plain.onnx")
+    anatomy = dissect(model, "plain.onnx")
+    stage = make_stage(model, anatomy, choose_penultimate(anatomy, model, None, "plain.onnx"), (3, 6, 6), spec, "plain.onnx")
+    onnx.save(stage, tmp_path / "model.onnx")
+    graph = TorchGraph(tmp_path / "model.onnx")
+    wanted = open_session(tmp_path / "model.onnx").run(list(graph.outputs), {contract.IMAGE: images})
+    for found, expected in zip(graph(torch.from_numpy(images)), wanted, strict=True):
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_range_check_is_the_same_in_half_precision(guard, pixels):

@@ -218,8 +218,12 @@ def test_queries_stay_within_the_budget_and_claims_are_the_guards(subject, image
 
 def test_a_guard_that_remembers_its_questions_ends_the_search(subject, images, threshold):
     chosen, remembering = images[:32], replace(subject)
-    clean = subject.tensors(subject.splits.fit.floats(), len(subject.splits.fit))[contract.PASSES["image"]]
-    repeats = fit_repeats(MemorySpec(size=600, neighbours=6), clean[:300], clean[300:], 0)
+    clean = subject.tensors(subject.splits.fit.floats(), len(subject.splits.fit))
+    views = [
+        View((clean[contract.PASSES["image"]][part],), clean[contract.LOGITS][part].argmax(axis=1), subject.head)
+        for part in (slice(300), slice(300, None))
+    ]
+    repeats = fit_repeats(MemorySpec(size=600, neighbours=6), *views, 0)
     remembering.__dict__["scorer"] = replace(subject.scorer, repeats=repeats)
     longest = []
     for guard in (subject, remembering):

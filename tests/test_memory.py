@@ -10,7 +10,7 @@ from conftest import GUARD, REPOSITORY
 from pydantic import ValidationError
 
 from noisec import contract, manifest
-from noisec.builders.calibrate import REPEATED, fit_repeats
+from noisec.builders.calibrate import NO_HEAD, REPEATED, fit_repeats
 from noisec.builders.card import write_card
 from noisec.builders.layout import rearrange
 from noisec.builders.repository import read_widths, scorer_inputs, write_repository
@@ -20,6 +20,7 @@ from noisec.clients import GuardClient
 from noisec.contract import stage_model
 from noisec.errors import NoisecError
 from noisec.manifest import verify_repository
+from noisec.python_backend.scorer.detectors import View
 from noisec.python_backend.scorer.memory import Memory, Repeats
 from noisec.python_backend.scorer.scoring import Scorer
 from noisec.python_backend.server import EmbeddedServer
@@ -72,22 +73,48 @@ def test_what_is_no_number_is_neither_a_repeat_nor_remembered(broken):
 
 
 def test_a_thousandth_of_clean_inputs_is_taken_for_repeats():
-    rows = np.random.default_rng(0).normal(size=(12000, 8)).astype(np.float32)
-    found = fit_repeats(MemorySpec(size=2000, neighbours=NEIGHBOURS), rows[:4000], rows[4000:8000], 0)
-    memory = Memory(found)
-    for part in np.array_split(rows[:4000], 100):
-        memory.repeated(part)
-    flagged = np.concatenate([memory.repeated(part) for part in np.array_split(rows[8000:], 100)])
-    assert np.mean(flagged) <= 3 * REPEATED
-    assert memory.repeated(rows[8000] + 3 * near(9)[:, :1] * np.eye(8, dtype=np.float32)[:1]).all()
+    rows, labels = clustered(16000)
+    found = fit_repeats(MemorySpec(size=2000, neighbours=NEIGHBOURS), view(rows[:8000], labels[:8000]), view(rows[8000:], labels[8000:]), 0)
+    fresh, classes = clustered(12000, seed=1)
+    for chosen in (np.full(len(fresh), True), classes == 0):  # all classes, or nothing but one
+        memory = Memory(found)
+        flagged = np.concatenate([memory.repeated(part) for part in np.array_split(fresh[chosen], 60)])
+        assert np.mean(flagged[2000:]) <= 3 * REPEATED
+        step = 0.2 * float(found.radius) * np.arange(1, 9, dtype=np.float32)[:, None] * np.eye(8, dtype=np.float32)[:1]
+        assert memory.repeated(fresh[:1] + step).sum() >= 4
+
+
+def clustered(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of four well separated classes, and their labels."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, 4, count)
+    return (generator.normal(size=(count, 8)) + 10 * labels[:, None]).astype(np.float32), labels
+
+
+def view(rows: np.ndarray, labels: np.ndarray) -> View:
+    return View((rows,), labels, NO_HEAD)
+
+
+@pytest.mark.parametrize("far", [10, 100, 1000])
+def test_the_same_input_is_known_again_far_from_the_centre_too(far):
+    generator = np.random.default_rng(0)
+    rows = generator.normal(size=(20, 512)).astype(np.float32)
+    rows *= far / np.linalg.norm(rows, axis=1, keepdims=True)
+    memory = Memory(Repeats(np.zeros(512, np.float32), np.float32(1), np.array(3), np.array(400)))
+    for batch in (rows, *rows[:, None], np.repeat(rows, 3, axis=0), rows[::-1]):
+        assert not memory.repeated(batch).any()
 
 
 def test_a_memory_that_the_fit_images_do_not_fill_asks_for_as_many_neighbours_among_as_many():
-    rows = np.random.default_rng(0).normal(size=(8000, 8)).astype(np.float32)
-    whole, half = (fit_repeats(MemorySpec(size=4000, neighbours=20), rows[:count], rows[4000:], 0) for count in (4000, 2000))
+    rows, labels = clustered(24000)
+    calibration = view(rows[16000:], labels[16000:])
+    whole, half = (
+        fit_repeats(MemorySpec(size=4000, neighbours=20), view(rows[:count], labels[:count]), calibration, 0) for count in (16000, 8000)
+    )
     assert half.radius == pytest.approx(whole.radius, rel=0.1)
+    same = view(np.ones((200, 3), np.float32), np.zeros(200, np.intp))
     with pytest.raises(NoisecError, match="clean images repeat each other"):
-        fit_repeats(MemorySpec(size=100, neighbours=2), np.ones((200, 3), np.float32), np.ones((100, 3), np.float32), 0)
+        fit_repeats(MemorySpec(size=100, neighbours=2), same, same, 0)
 
 
 def test_a_memory_needs_the_images_own_activations(spec):
@@ -106,7 +133,7 @@ def test_the_card_names_a_memory_where_there_is_one(spec, tmp_path):
         assert ("what 20 of the last 4096 inputs nearly repeat is malicious too" in (tmp_path / GUARD / "README.md").read_text()) == named
 
 
-@pytest.fixture(scope="module", params=["staged", "single"])
+@pytest.fixture(scope="module", params=["staged", "fused", "single"])
 def remembering(request, tmp_path_factory, report):
     """A server of the reference guard with a memory."""
     content = manifest.read_manifest(REPOSITORY, GUARD)
@@ -116,21 +143,22 @@ def remembering(request, tmp_path_factory, report):
     )
     stages = {stage: REPOSITORY / stage_model(GUARD, stage) / str(release) for stage in ("autoencoder", "classifier")}
     run = StageRunner.of(spec, in_process(stages, 1))
-    rows = run((batch.floats() for batch in report[1000:3000].batches()), 2000)[IMAGE]
+    tensors = run((batch.floats() for batch in report[1000:3000].batches()), 2000)
+    rows, labels = tensors[IMAGE], tensors[contract.LOGITS].argmax(axis=1)
     scorer = Scorer.load(REPOSITORY / stage_model(GUARD, "scorer") / str(release) / "scorer.npz")
-    scorer = replace(scorer, repeats=fit_repeats(spec.memory, rows[:1000], rows[1000:], 0))
+    scorer = replace(scorer, repeats=fit_repeats(spec.memory, view(rows[:1000], labels[:1000]), view(rows[1000:], labels[1000:]), 0))
     folder = tmp_path_factory.mktemp("remembering")
     widths, names = read_widths(REPOSITORY, GUARD)
     write_repository(folder, spec, widths, names, stages, scorer)
     manifest.write_manifest(folder, GUARD, release, {**content, "spec": spec.model_dump(mode="json")})
-    if request.param == "single":
-        rearrange(folder, GUARD, ServingSpec(layout="single"), folder)
+    if request.param != "staged":
+        rearrange(folder, GUARD, ServingSpec(layout=request.param), folder)
     assert verify_repository(folder) == []
     with EmbeddedServer(folder) as running:
         yield running
 
 
-def test_a_search_around_one_image_is_flagged_and_other_clients_are_not(remembering, client, report):
+def test_a_search_around_one_image_is_flagged_and_other_images_are_not(remembering, client, report):
     pixels = report[:60].pixels
     usual = client.classify(pixels)
     generator = np.random.default_rng(0)
@@ -146,4 +174,4 @@ def test_a_search_around_one_image_is_flagged_and_other_clients_are_not(remember
         np.testing.assert_array_equal(flagged[: NEIGHBOURS - 1], alone.is_malicious[: NEIGHBOURS - 1])
         np.testing.assert_allclose([step.scores[0] for step in steps], alone.scores, rtol=1e-3, atol=1e-3)
         np.testing.assert_array_equal([step.labels[0] for step in steps], alone.labels)
-        np.testing.assert_array_equal(asking.classify(pixels[1:]).is_malicious, usual.is_malicious[1:])
+        np.testing.assert_array_equal(asking.classify(pixels).is_malicious, np.append(True, usual.is_malicious[1:]))  # the image too

@@ -263,9 +263,7 @@ class Benchmark:
         if self.subject.scorer.repeats:
             reached = share(np.load(folder / "reached.npy"))
             last = self.cells[-1]
-            self.cells[-1] = replace(
-                last, note=f"{last.note}; {percent(reached)} in its queries, the rest sent again when they are forgotten"
-            )
+            self.cells[-1] = replace(last, note=f"{last.note}; {percent(reached)} within them, all when sent again once they are forgotten")
 
     def _laddered(self, access: Access, eps: float, make: Callable[[Path], Floats], note: str = "") -> Path:
         """One attacker of the ladder; the folder with what it made."""
@@ -378,10 +376,10 @@ def remembered(benchmark: Benchmark) -> str:
     """What a guard's memory, full of natural images, takes for repeats of them among images that it has never seen."""
     memory, name = benchmark.subject.scorer.new_memory(), contract.PASSES["image"]
     assert memory
-    memory.repeated(benchmark.fit.tensors[name])
-    fresh = benchmark.clean.tensors[name]
-    flagged = sum(int(memory.repeated(rows).sum()) for rows in np.array_split(fresh, -(-len(fresh) // BATCH)))
-    return f"{flagged} of {len(fresh)} clean images, sent after {len(benchmark.fit.pixels)} others, are taken for repeats"
+    before, clean = benchmark.fit.tensors[name], benchmark.clean.tensors[name]
+    flagged = [memory.repeated(rows) for sent in (before, clean) for rows in np.array_split(sent, -(-len(sent) // BATCH))]
+    count = int(np.concatenate(flagged)[len(before) :].sum())
+    return f"{count} of {len(clean)} clean images, sent after {len(before)} others, are taken for repeats"
 
 
 def run_benchmark(subject: Subject, plan: Plan, work: Path, out: Path, seed: int, command: str, seeds: int = 1) -> list[Cell]:

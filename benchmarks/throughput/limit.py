@@ -54,6 +54,7 @@ class Computation:
         self._infer = in_process(target.stages, threads)
         self._run = StageRunner.of(target.spec, self._infer)
         self._scorer = Scorer.load(target.scorer)
+        self._memory = self._scorer.new_memory()
 
     def classifier(self, images: Images) -> npt.NDArray[np.int64]:
         """Labels int64 [n] from the classifier alone."""
@@ -63,7 +64,8 @@ class Computation:
     def guard(self, images: Images) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """Labels int64 [n] and verdicts bool [n]."""
         tensors = self._run.batch(images)
-        return tensors[contract.LOGITS].argmax(axis=1), self._scorer.verdict(tensors).is_malicious
+        verdict = self._scorer.outputs(tensors, self._memory)
+        return tensors[contract.LOGITS].argmax(axis=1), verdict[contract.IS_MALICIOUS][:, 0]
 
 
 class Processes:

@@ -363,7 +363,7 @@ app.add_typer(bench, name="bench")
 def _ended_as_by_ctrl_c() -> None:
     import signal
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is finished is written, what was started is stopped
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is finished is written, and servers that were started are stopped
 
 
 @bench.command()

@@ -335,6 +335,8 @@ class Scorer:
                     raise ValueError(f"detector {detector.name} has values that are not finite")
                 if not ((np.diff(scale.scores) > 0).all() and (np.diff(scale.surprisals) > 0).all()):
                     raise ValueError(f"the scale of detector {detector.name} does not ascend")
-        if self.repeats and not (np.isfinite(self.repeats.centre).all() and 0 < self.repeats.radius < np.inf):
-            raise ValueError(f"the radius of repeats is {self.repeats.radius}; it has to be positive and finite")
+        if self.repeats and not (0 < self.repeats.radius < np.inf and 2 <= self.repeats.neighbours <= self.repeats.size):
+            raise ValueError(f"repeats: radius {self.repeats.radius}, {self.repeats.neighbours} neighbours among {self.repeats.size}")
+        if self.repeats and not np.isfinite(self.repeats.centre).all():
+            raise ValueError("the centre of repeats is not finite")
         conformal_threshold(calibration, self.alpha)

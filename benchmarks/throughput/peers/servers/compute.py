@@ -68,6 +68,7 @@ class Guard:
         self._autoencoder = open_session(folders["autoencoder"] / "model.onnx", threads)
         self._classifier = open_session(folders["classifier"] / "model.onnx", threads)
         self._scorer = load_scorer(folders["scorer"])
+        self._memory = self._scorer.new_memory()
         outputs = [output.name for output in self._autoencoder.get_outputs()]
         sources = {
             "NOISE_PENULTIMATE": "NOISE_INPUT" if "NOISE_INPUT" in outputs else "NOISE",
@@ -84,9 +85,9 @@ class Guard:
         joined = np.concatenate([images, *(tensors[source] for source in self._passes.values())])
         logits, activations = self._classifier.run(["LOGITS", "PENULTIMATE"], {"IMAGE": joined})
         parts = np.split(activations, 1 + len(self._passes))
-        verdict = self._scorer.verdict(tensors | dict(zip(["IMAGE_PENULTIMATE", *self._passes], parts, strict=True)))
+        verdict = self._scorer.outputs(tensors | dict(zip(["IMAGE_PENULTIMATE", *self._passes], parts, strict=True)), self._memory)
         labels = logits[: len(images)].argmax(axis=1)
-        return dict(zip(ANSWERS, (labels, verdict.score, verdict.p_value, verdict.is_malicious), strict=True))
+        return dict(zip(ANSWERS, (labels, *(verdict[name][:, 0] for name in ("SCORE", "P_VALUE", "IS_MALICIOUS"))), strict=True))
 
     def together(self, requests: Sequence[npt.NDArray[np.float32]]) -> list[dict[str, Array]]:
         """One answer for each request, computed as one batch."""
