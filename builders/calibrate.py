@@ -231,10 +231,11 @@ def fit_tensors(spec: GuardSpec, fit: Mapping[str, Floats], calibration: Mapping
         fit_detector(one, View(tuple(fit[name] for name in one.inputs), labels, head), levels, spec.noise_levels, spec.seed)
         for one in spec.detectors
     )
-    repeats = fit_repeats(spec.memory, _image_view(fit, head), _image_view(calibration, head), spec.seed) if spec.memory else None
+    repeats = fit_repeats(spec.memory, image_view(fit, head), image_view(calibration, head), spec.seed) if spec.memory else None
     scorer = Scorer(spec.release, spec.target_fpr, spec.fusion, edges, head, detectors, np.empty(0, np.float32), repeats)
     return replace(scorer, calibration=np.sort(scorer.score(calibration)))
 
 
-def _image_view(tensors: Mapping[str, Floats], head: Head) -> View:
+def image_view(tensors: Mapping[str, Floats], head: Head) -> View:
+    """The view ``image`` of what the stages answered."""
     return View((tensors[contract.PASSES["image"]],), tensors[contract.LOGITS].argmax(axis=1), head)

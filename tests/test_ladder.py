@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -12,10 +11,12 @@ from conftest import GUARD, REPOSITORY
 
 from noisec import contract, manifest
 from noisec.benchmarks.detection import ladder
+from noisec.benchmarks.detection.remembering import as_markdown, false_alarms, search
 from noisec.benchmarks.detection.subject import Subject
 from noisec.benchmarks.detection.torchscore import STATISTICS, TorchScorer, whole
 from noisec.builders.attacks import AttackSpec, attack
-from noisec.builders.calibrate import fit_repeats, fit_tensors
+from noisec.builders.calibrate import fit_repeats, fit_tensors, image_view
+from noisec.builders.figures import percent
 from noisec.builders.images import Floats, Images, Splits
 from noisec.builders.spec import DetectorSpec, GuardSpec, MemorySpec
 from noisec.errors import NoisecError
@@ -216,22 +217,24 @@ def test_queries_stay_within_the_budget_and_claims_are_the_guards(subject, image
     assert found.pixels.max() <= 1
 
 
-def test_a_guard_that_remembers_its_questions_ends_the_search(subject, images, threshold):
+def test_a_guard_that_remembers_its_questions_ends_the_search(subject, images):
     chosen, remembering = images[:32], replace(subject)
     clean = subject.tensors(subject.splits.fit.floats(), len(subject.splits.fit))
-    views = [
-        View((clean[contract.PASSES["image"]][part],), clean[contract.LOGITS][part].argmax(axis=1), subject.head)
-        for part in (slice(300), slice(300, None))
-    ]
-    repeats = fit_repeats(MemorySpec(size=600, neighbours=6), *views, 0)
+    first, last = ({name: rows[half] for name, rows in clean.items()} for half in (slice(300), slice(300, None)))
+    memory = MemorySpec(size=600, neighbours=6)
+    repeats = fit_repeats(memory, image_view(first, subject.head), image_view(last, subject.head), 0)
     remembering.__dict__["scorer"] = replace(subject.scorer, repeats=repeats)
-    longest = []
-    for guard in (subject, remembering):
-        ask = partial(ladder.ask, guard, guard.scorer.new_memory())
-        found = ladder.query(ask, chosen.floats(), chosen.labels, 0.1, queries=200, with_score=False, threshold=threshold)
-        longest.append(found.used[found.reached].max())
-    assert longest[0] > 100
-    assert longest[1] < 40
+    natural = clean[contract.PASSES["image"]]
+    free, watched, crowded = (search(remembering, chosen, 0.1, 200, 0, *others) for others in ((None, 0), (natural, 0), (natural, 600)))
+    assert free.reached > 0.2
+    assert watched.reached < free.reached
+    assert crowded.reached == free.reached  # whatever was asked is forgotten before it is asked again
+    assert free.later == free.reached
+    page = as_markdown([free, watched, crowded], {"32 clean images": 0.03125}, memory, GUARD, 0.1, 32, 200)
+    assert f"| yes | 31 | {percent(watched.reached)} | {percent(watched.later)} |" in page
+    assert "32 clean images: 3.12 %" in page
+    assert false_alarms(remembering, natural) < 0.05
+    assert false_alarms(remembering, natural[:1] + np.linspace(0, 0.5, 40, dtype=np.float32)[:, None]) > 0.5
 
 
 def a_guard_of_two_halves(pixels):

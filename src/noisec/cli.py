@@ -424,6 +424,31 @@ def hardening(
 
 
 @bench.command()
+def memory(
+    repository: Repository,
+    guard: GuardName,
+    eps: Annotated[float, typer.Option(help="Largest change of a pixel.")],
+    count: Annotated[int, typer.Option(help="Images that are searched around at once.", min=10)] = 60,
+    queries: Annotated[int, typer.Option(help="Questions about each image.", min=1)] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the searches.", min=0)] = 0,
+    work: Annotated[Path, typer.Option(help="The folder that the guard was built in.")] = Path("workbench"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the table.")] = Path("benchmarks/results/detection"),
+) -> None:
+    """Measure what a memory of recent inputs costs an attacker who searches with the guard's answers.
+
+    Example: `noisec bench memory model_repository --guard fashion_mnist --eps 0.1`
+    """
+    from noisec.benchmarks.detection.remembering import run_study
+
+    rows, text = run_study(repository, guard, work / guard, eps, count, queries, seed)
+    folder = out / guard
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.md").write_text(text)
+    _write_json(folder / "memory.json", rows)
+    console.print(f"{folder / 'memory.md'}: {len(rows)} searches")
+
+
+@bench.command()
 def denoisers(
     spec: Annotated[Path, typer.Argument(help="The guard's TOML file.")],
     attacks: Annotated[str, typer.Option(help="White-box attacks, as method-epsilon, with commas.")],
