@@ -214,7 +214,7 @@ class MemorySpec(Section):
 
     size: Annotated[int, Field(ge=1, le=100_000)] = 4096
     """inputs that each instance of the scorer remembers"""
-    neighbours: Annotated[int, Field(ge=2)] = 20
+    neighbours: Annotated[int, Field(ge=2)] = 10
     """how many recent inputs have to be nearly the same for another to be malicious"""
 
     @model_validator(mode="after")

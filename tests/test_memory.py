@@ -130,7 +130,7 @@ def test_the_card_names_a_memory_where_there_is_one(spec, tmp_path):
     for memory, named in ((MemorySpec(), True), (None, False)):
         guard = spec.model_copy(update={"memory": memory})
         write_card(tmp_path, guard, content["classifier"], widths, content["figures"], content["precisions"])
-        assert ("what 20 of the last 4096 inputs nearly repeat is malicious too" in (tmp_path / GUARD / "README.md").read_text()) == named
+        assert ("what 10 of the last 4096 inputs nearly repeat is malicious too" in (tmp_path / GUARD / "README.md").read_text()) == named
 
 
 @pytest.fixture(scope="module", params=["staged", "fused", "single"])
