@@ -20,6 +20,11 @@ REPOSITORY = ROOT / "model_repository"
 GUARD = "fashion_mnist"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file with the longest test first, so that files that run beside it end with it."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
 @pytest.fixture(scope="session")
 def spec() -> GuardSpec:
     return read_spec(GUARDS / f"{GUARD}.toml")

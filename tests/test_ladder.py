@@ -158,7 +158,7 @@ def test_adaptive_beats_an_attacker_who_ignores_the_guard(subject, images, pgd, 
 
 def wrong_and_missed(subject, pixels, labels):
     """Shares of images that are mislabelled, and mislabelled without an alarm."""
-    logits, _, flagged = ladder.ask(subject, pixels)
+    logits, _, flagged = ladder.ask(subject, None, pixels)
     wrong = logits.argmax(axis=1) != labels
     return wrong.mean(), (wrong & ~flagged).mean()
 
@@ -225,12 +225,12 @@ def test_a_guard_that_remembers_its_questions_ends_the_search(subject, images):
     repeats = fit_repeats(memory, image_view(first, subject.head), image_view(last, subject.head), 0)
     remembering.__dict__["scorer"] = replace(subject.scorer, repeats=repeats)
     natural = clean[contract.PASSES["image"]]
-    free, watched, crowded = (search(remembering, chosen, 0.1, 200, 0, *others) for others in ((None, 0), (natural, 0), (natural, 600)))
+    free, watched, crowded = (search(remembering, chosen, 0.1, 120, 0, *others) for others in ((None, 0), (natural, 0), (natural, 600)))
     assert free.reached > 0.2
     assert watched.reached < free.reached
     assert crowded.reached == free.reached  # whatever was asked is forgotten before it is asked again
     assert free.later == free.reached
-    page = as_markdown([free, watched, crowded], {"32 clean images": 0.03125}, memory, GUARD, 0.1, 32, 200)
+    page = as_markdown([free, watched, crowded], {"32 clean images": 0.03125}, memory, GUARD, 0.1, 32, 120)
     assert f"| yes | 31 | {percent(watched.reached)} | {percent(watched.later)} |" in page
     assert "32 clean images: 3.12 %" in page
     assert false_alarms(remembering, natural) < 0.05
