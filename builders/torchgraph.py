@@ -110,7 +110,9 @@ def _batch_norm(attributes: Mapping[str, Any], images: Tensor, *parts: Tensor) -
 
 
 def _reduce(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda attributes, tensor, axes: function(tensor, axes, keepdim=bool(attributes.get("keepdims", 1)))
+    return lambda attributes, tensor, axes=None: function(
+        tensor, axes or [*range(tensor.ndim)], keepdim=bool(attributes.get("keepdims", 1))
+    )
 
 
 def _plain(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

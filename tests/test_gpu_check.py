@@ -116,6 +116,7 @@ def check_against_onnx_runtime(path: Path) -> None:
         ("Neg", {}, ()),
         ("ReduceMax", {"keepdims": 0}, (np.array([2, 3]),)),
         ("ReduceSum", {}, (np.array([2]),)),
+        ("ReduceMean", {}, ()),
         ("InstanceNormalization", {"epsilon": 1e-4}, (np.full(1, 2, np.float32), np.full(1, 0.5, np.float32))),
         ("GlobalMaxPool", {}, ()),
     ],

@@ -366,6 +366,14 @@ def _ended_as_by_ctrl_c() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is finished is written, and servers that were started are stopped
 
 
+def _write_study(page: Path, text: str, rows: list[Any]) -> None:
+    """A study's page, and its rows as JSON beside it."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(text)
+    _write_json(page.with_suffix(".json"), rows)
+    console.print(f"{page}: {len(rows)} rows")
+
+
 @bench.command()
 def detection(
     repository: Repository,
@@ -416,11 +424,7 @@ def hardening(
     from noisec.benchmarks.detection.hardening import run_study
 
     rows, text = run_study(repository, guard, work / guard, eps, count, seed)
-    folder = out / guard
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "hardening.md").write_text(text)
-    _write_json(folder / "hardening.json", rows)
-    console.print(f"{folder / 'hardening.md'}: {len(rows)} variants")
+    _write_study(out / guard / "hardening.md", text, rows)
 
 
 @bench.command()
@@ -441,11 +445,7 @@ def memory(
     from noisec.benchmarks.detection.remembering import run_study
 
     rows, text = run_study(repository, guard, work / guard, eps, count, queries, seed)
-    folder = out / guard
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "memory.md").write_text(text)
-    _write_json(folder / "memory.json", rows)
-    console.print(f"{folder / 'memory.md'}: {len(rows)} searches")
+    _write_study(out / guard / "memory.md", text, rows)
 
 
 @bench.command()
@@ -467,11 +467,7 @@ def denoisers(
 
     guard = read_spec(spec)
     rows = run_study(guard, _parts(attacks), epochs, images, work / guard.name, seed)
-    folder = out / guard.name
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "denoisers.md").write_text(as_markdown(rows, guard.name, _command()))
-    _write_json(folder / "denoisers.json", as_json(rows))
-    console.print(f"{folder / 'denoisers.md'}: {len(rows)} cells")
+    _write_study(out / guard.name / "denoisers.md", as_markdown(rows, guard.name, _command()), as_json(rows))
 
 
 @bench.command("audit")
