@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import tritonclient.grpc as triton_grpc
 
 from noisec.builders.images import Images, cut
 from noisec.builders.sources import fashion_mnist
@@ -23,6 +25,21 @@ GUARD = "fashion_mnist"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The file with the longest test first, so that files that run beside it end with it."""
     items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
+def images_answered(url: str) -> dict[str, int]:
+    """Model -> images that it has answered, once that stands still: Triton counts a request after it has answered it."""
+
+    def read() -> dict[str, int]:
+        with triton_grpc.InferenceServerClient(url) as client:
+            return {model.name: model.inference_count for model in client.get_inference_statistics().model_stats}
+
+    found = read()
+    while True:
+        time.sleep(0.2)
+        before, found = found, read()
+        if found == before:
+            return found
 
 
 @pytest.fixture(scope="session")

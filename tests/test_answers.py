@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
-from conftest import GUARD, REPOSITORY
+from conftest import GUARD, REPOSITORY, images_answered
 
 from noisec import contract
 from noisec.builders.images import in_batches
@@ -64,14 +64,9 @@ def test_every_subset_of_outputs_can_be_requested(server, client, pixels, names)
 
 
 def test_label_only_requests_run_only_the_classifier(server, client, pixels):
-    def executions() -> dict[str, int]:
-        with triton_grpc.InferenceServerClient(server.grpc_url) as raw:
-            models = raw.get_inference_statistics().model_stats
-        return {model.name: model.inference_count for model in models}
-
-    before = executions()
+    before = images_answered(server.grpc_url)
     labels = client.classify(pixels[:50], labels_only=True)
-    after = executions()
+    after = images_answered(server.grpc_url)
     assert {name: after[name] - before[name] for name in after} == {
         GUARD: 50,
         stage_model(GUARD, "autoencoder"): 0,

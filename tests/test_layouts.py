@@ -13,7 +13,7 @@ import onnx
 import pytest
 import torch
 import tritonclient.grpc as triton_grpc
-from conftest import GUARD, REPOSITORY
+from conftest import GUARD, REPOSITORY, images_answered
 from onnx import helper
 from pydantic import ValidationError
 
@@ -25,6 +25,7 @@ from noisec.builders.spec import GuardSpec, ServingSpec
 from noisec.builders.stages import StageRunner, in_process
 from noisec.builders.torchgraph import TorchGraph
 from noisec.clients import GuardClient
+from noisec.contract import stage_model
 from noisec.errors import NoisecError
 from noisec.python_backend.scorer.session import open_session
 from noisec.python_backend.server import EmbeddedServer
@@ -109,11 +110,6 @@ def same(found, wanted):
     np.testing.assert_allclose(found.logits, wanted.logits, rtol=1e-4, atol=1e-4)
 
 
-def executions(url: str) -> dict[str, int]:
-    statistics = triton_grpc.InferenceServerClient(url).get_inference_statistics().model_stats
-    return {model.name.removeprefix(f"{GUARD}_"): model.execution_count for model in statistics}
-
-
 def test_other_layouts_are_whole_repositories_with_the_same_contract(fused, bytewise, single, single_bytes):
     for repository in (fused, bytewise, single, single_bytes):
         assert manifest.verify_repository(repository) == []
@@ -126,14 +122,14 @@ def test_other_layouts_are_whole_repositories_with_the_same_contract(fused, byte
 
 
 def test_one_process_gives_the_staged_verdicts(single_server, report, staged_verdicts):
-    before = executions(single_server.grpc_url)
+    before = images_answered(single_server.grpc_url)
     with GuardClient(single_server.grpc_url, GUARD) as client:
         same(client.classify(report[:200].pixels), staged_verdicts)
         alone = [client.classify(report[row : row + 1].pixels) for row in range(20)]
         labels = client.classify(report[:200].pixels, labels_only=True)
     np.testing.assert_allclose(np.concatenate([one.scores for one in alone]), staged_verdicts.scores[:20], rtol=1e-3, atol=1e-3)
     np.testing.assert_array_equal(labels.labels, staged_verdicts.labels)
-    after = executions(single_server.grpc_url)
+    after = images_answered(single_server.grpc_url)
     assert {name for name in after if after[name] > before[name]} == {GUARD}
 
 
@@ -199,11 +195,11 @@ def test_fused_verdicts_are_the_staged_ones(fused_server, report, staged_verdict
 
 def test_a_label_costs_only_the_classifier(fused_server, byte_server, report):
     for server in (fused_server, byte_server):
-        before = executions(server.grpc_url)
+        before = images_answered(server.grpc_url)
         with GuardClient(server.grpc_url, GUARD) as client:
             client.classify(report[:8].pixels, labels_only=True)
-        after = executions(server.grpc_url)
-        assert {name for name in after if after[name] > before[name]} == {GUARD, "classifier"}
+        after = images_answered(server.grpc_url)
+        assert {name for name in after if after[name] > before[name]} == {GUARD, stage_model(GUARD, "classifier")}
 
 
 def test_bytes_give_the_verdicts_of_their_floats(byte_server, report, staged_verdicts):
