@@ -17,7 +17,7 @@ from noisec.builders.audit.masks import SplitNetwork
 from noisec.builders.audit.measure import accuracy, attack_success
 from noisec.builders.audit.neurons import adversarial_noise, noise_shapes, noisy_logits
 from noisec.builders.audit.reference import fit_reference, judged_by
-from noisec.builders.audit.repair import RepairSettings, repair
+from noisec.builders.audit.repair import RepairSettings, moved_towards, repair
 from noisec.builders.audit.restored import Restored, places
 from noisec.builders.audit.triggers import TRIGGERS, BadNets, LabelConsistent, poison
 from noisec.builders.classifier import choose_penultimate, dissect, make_stage, read_model
@@ -112,13 +112,36 @@ def test_an_audit_says_the_same_twice(sets, backdoored_network):
 def test_a_repair_takes_the_backdoor_out_and_leaves_the_given_classifier(sets, backdoored_network):
     _, clean, test = sets
     before = state(backdoored_network)
-    repaired = repair(backdoored_network, clean[:1000], CLASSES, RepairSettings(epochs=10, learning_rate=0.02))
-    success = attack_success(backdoored_network, test, BadNets(), TARGET), attack_success(repaired, test, BadNets(), TARGET)
-    print("attack success", success, "accuracy", accuracy(backdoored_network, test), accuracy(repaired, test))
-    assert success[0] > 0.8
-    assert success[1] < success[0] / 2
-    assert accuracy(repaired, test) > accuracy(backdoored_network, test) - 0.05
+    settings = RepairSettings(epochs=10, learning_rate=0.02)
+    repaired = {target: repair(backdoored_network, clean[:1000], CLASSES, settings, target) for target in (None, TARGET)}
+    success = {target: attack_success(one, test, BadNets(), TARGET) for target, one in repaired.items()}
+    at_first = attack_success(backdoored_network, test, BadNets(), TARGET)
+    assert at_first > 0.8
+    assert success[TARGET] < success[None] < at_first / 2
+    assert success[TARGET] < 0.25
+    for one in repaired.values():
+        assert accuracy(one, test) > accuracy(backdoored_network, test) - 0.05
     assert unchanged(backdoored_network, before)
+
+
+def test_images_are_moved_towards_a_class_within_the_bound(sets, clean_network):
+    images = torch.from_numpy(sets[2][:200].floats())
+    clean_network.train()
+    moved = moved_towards(clean_network, images, TARGET, 0.1, 3)
+    assert clean_network.training
+    assert unchanged(clean_network.eval(), state(clean_network))
+    assert (moved - images).abs().max() <= 0.1 + 1e-6
+    assert moved.min() >= 0
+    assert moved.max() <= 1
+    with torch.no_grad():
+        shares = [float((clean_network(pixels).argmax(dim=1) == TARGET).float().mean()) for pixels in (images, moved)]
+    assert shares[1] > shares[0] + 0.3
+
+
+@pytest.mark.parametrize("target", [-1, CLASSES])
+def test_a_repair_refuses_a_target_that_is_no_class(sets, clean_network, target):
+    with pytest.raises(NoisecError, match=f"target {target} is no class; the classifier's are 0 to 9"):
+        repair(clean_network, sets[1], CLASSES, target=target)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,11 @@ from noisec.errors import NoisecError
 
 QUICK = AuditSettings(samples=80, steps=2, mask_epochs=1, repeats=1)
 METHODS = Methods(
-    QUICK, replace(QUICK, features="complement"), DecouplingSettings(samples=80, mask_epochs=1, epochs=1), repair=RepairSettings(epochs=1)
+    QUICK,
+    replace(QUICK, features="complement"),
+    DecouplingSettings(samples=80, mask_epochs=1, epochs=1),
+    repair=RepairSettings(epochs=1),
+    repair_published=RepairSettings(epochs=1),
 )
 PLAN = Plan(
     families=("tiny",),
@@ -82,7 +86,7 @@ def rows(found, folder):
     return json.loads((folder / "out" / "summary.json").read_text())
 
 
-def test_rows_have_exactly_the_keys_that_were_agreed(rows):
+def test_rows_have_exactly_the_keys_that_were_agreed(found, rows):
     for row in rows:
         assert tuple(row) == (*KEYS, *(BEFORE if row["method"].startswith("repair") else ()))
     assert {row["method"] for row in rows} == {"ban", "ban-chance", "ban-published", "bti-dbf", "repair", "repair-published"}
@@ -90,6 +94,9 @@ def test_rows_have_exactly_the_keys_that_were_agreed(rows):
     assert [row["attack"] for row in repaired] == ["badnets"]
     assert repaired[0]["attack_success_before"] >= zoo.TOOK
     assert repaired[0]["learning_rate"] in run.RATES
+    audited = next(evidence["ban"] for model, evidence in found[0].judged if run.is_repaired(model.recipe) and model.took)
+    assert repaired[0]["called_target"] == audited.target
+    assert next(row for row in rows if row["method"] == "repair-published")["called_target"] is None
 
 
 def test_classifiers_that_calibrate_or_tune_are_not_reported(found, rows, folder):

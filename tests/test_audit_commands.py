@@ -98,6 +98,7 @@ def test_a_repair_writes_new_weights_and_never_over_old_ones(guards, tmp_path):
     out = tmp_path / "repaired.safetensors"
     done = run("repair", guards["bad"], "--out", out, "--epochs", 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert f"probably backdoored towards class {TARGET}" in done.stdout
     before = small().state_dict()
     assert load_file(out).keys() == before.keys()
     assert "before" in done.stdout
@@ -105,6 +106,12 @@ def test_a_repair_writes_new_weights_and_never_over_old_ones(guards, tmp_path):
     again = run("repair", guards["bad"], "--out", out, "--epochs", 1, cwd=tmp_path)
     assert again.returncode == 1
     assert "weights are not written over" in again.stderr
+    wrong = run("repair", guards["bad"], "--out", "other.safetensors", "--target", 10, cwd=tmp_path)
+    assert wrong.returncode == 1
+    assert "target 10 is no class" in wrong.stderr
+    published = run("repair", guards["bad"], "--out", "other.safetensors", "--target", -1, "--epochs", 1, cwd=tmp_path)
+    assert published.returncode == 0, published.stderr
+    assert "backdoored towards" not in published.stdout
 
 
 def test_a_build_that_requires_the_audit_stops_at_a_backdoored_classifier(guards, tmp_path):

@@ -65,6 +65,8 @@ class Repaired:
 
     model: Model
     learning_rate: float
+    target: int | None
+    """that the repair was aimed at: the class that the audit suspects; None as published"""
     seconds: float
     accuracy_before: float
     accuracy_after: float
@@ -156,7 +158,7 @@ def _judged_row(model: Model, method: str, one: Evidence) -> Row:
 def _repair_row(one: Repaired, method: str) -> Row:
     after = {"clean_accuracy": one.accuracy_after, "attack_success": one.success_after}
     before = {"clean_accuracy_before": one.accuracy_before, "attack_success_before": one.success_before}
-    return _row(one.model, method, **after, **before, seconds=one.seconds, learning_rate=one.learning_rate)
+    return _row(one.model, method, called_target=one.target, **after, **before, seconds=one.seconds, learning_rate=one.learning_rate)
 
 
 def _model_rows(found: Sequence[Found]) -> list[Row]:
@@ -291,9 +293,13 @@ def _repairs(found: Sequence[Found]) -> str:
             by_attack = {name: [one for one in repairs if one.model.recipe.attack == name] for name in ATTACKS}
             table += [[family.family, title, name, *_repair_means(chosen)] for name, chosen in by_attack.items() if chosen]
             table += [[family.family, title, "mean", *_repair_means(repairs)]] if repairs else []
-    heads = ["architecture", "learning rate", "attack", "n", "accuracy before", "after", "attack success before", "after", "seconds"]
+    heads = [
+        "architecture", "learning rate", "attack", "n", "aimed at its target", "accuracy before", "after", "attack success before", "after",
+        "seconds",
+    ]  # fmt: skip
     return (
-        "The first seed of each backdoor on all the training images; the paper's learning rate on the first backdoor.\n\n"
+        "The first seed of each backdoor on all the training images. This project's repair learns the true labels of images that lean "
+        "towards the class that its audit suspects, whatever the verdict; the paper's, at its learning rate, mends the first backdoor.\n\n"
         + markdown_table(heads, table)
         + "\n\n"
         + _rates(found)
@@ -303,7 +309,8 @@ def _repairs(found: Sequence[Found]) -> str:
 def _repair_means(repairs: Sequence[Repaired]) -> list[str]:
     names = ("accuracy_before", "accuracy_after", "success_before", "success_after")
     means = [percent(_mean(repairs, name)) for name in names]
-    return [str(len(repairs)), *means, f"{_mean(repairs, 'seconds'):.0f}"]
+    aimed = [one.target == one.model.target for one in repairs if one.target is not None]
+    return [str(len(repairs)), f"{sum(aimed)} of {len(aimed)}" if aimed else "-", *means, f"{_mean(repairs, 'seconds'):.0f}"]
 
 
 def _mean(repairs: Sequence[Repaired], name: str) -> float:

@@ -17,7 +17,7 @@ from noisec.builders.audit.triggers import TRIGGERS, InputAware, PatternGenerato
 from noisec.builders.images import Images, cut
 from noisec.builders.sources import fashion_mnist
 from noisec.builders.sources.official import local
-from noisec.builders.train import WEIGHTS, Loss, Schedule, load_network, lowered, optimise
+from noisec.builders.train import WEIGHTS, Loss, Schedule, has_bfloat16, load_network, lowered, optimise
 from noisec.builders.workbench import Workbench
 
 Role = Literal["reported", "calibration", "tuning"]
@@ -211,7 +211,7 @@ def _loss(network: nn.Module, attack: str) -> Loss:
     def loss(batch: Tensor, labels: Tensor) -> Tensor:
         return nn.functional.cross_entropy(network(augmented(batch) if attack == AUGMENTED else batch), labels)
 
-    return lowered(loss)
+    return lowered(loss) if has_bfloat16() else loss
 
 
 def augmented(images: Tensor) -> Tensor:

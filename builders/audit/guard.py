@@ -94,20 +94,25 @@ def draw_audit(evidence: Evidence, class_names: tuple[str, ...], path: Path) -> 
     plt.close(figure)
 
 
-def repair_protected(spec: GuardSpec, splits: Splits, protected: Protected, settings: RepairSettings) -> tuple[nn.Module, dict[str, float]]:
+def repair_protected(
+    spec: GuardSpec, splits: Splits, protected: Protected, settings: RepairSettings, target: int | None
+) -> tuple[nn.Module, dict[str, float]]:
     """A repaired copy of a guard's classifier, and its accuracy on the report images before and after.
+
+    Args:
+        target: the class that an audit suspects; None repairs as published
 
     Returns:
         the module as the guard's specification builds it, without what the build wraps around it
 
     Raises:
-        NoisecError: there is only an ONNX file, or images or network cannot be used.
+        NoisecError: there is only an ONNX file, or target, images or network cannot be used.
     """
     if protected.network is None:
         raise NoisecError(f"{protected.description}: a repair writes the weights of a PyTorch module; give it with classifier.factory")
     network = protected.network
     images = splits.train[: max(1, round(REPAIR_SHARE * len(splits.train)))]
-    repaired = repair(network, images, protected.classes, settings)
+    repaired = repair(network, images, protected.classes, settings, target)
     figures = {"accuracy_before": accuracy(network, splits.report), "accuracy_after": accuracy(repaired, splits.report)}
     return inner(repaired), figures
 

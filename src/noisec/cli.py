@@ -328,8 +328,14 @@ def repair(
     work: Annotated[Path, typer.Option(help="Folder for finished steps, as of `noisec build`.")] = Path("workbench"),
     epochs: Annotated[int, typer.Option(help="Of fine-tuning on 5 % of the training images.", min=1)] = 25,
     learning_rate: Annotated[float, typer.Option(help="The paper's is .005; small networks need more, such as .05 or .1.")] = 0.005,
+    target: Annotated[
+        int | None, typer.Option(help="Class that the backdoor leads to, as `noisec audit` suspects it; -1: as published, without one.")
+    ] = None,
 ) -> None:
-    """Fine-tune a backdoored classifier under neuron noise (BAN) and write the repaired weights; audit them again before they ship.
+    """Fine-tune a backdoored classifier and write the repaired weights; audit them again before they ship.
+
+    It learns the true labels of images that lean towards the suspected class: --target, else the one that an audit suspects first. With
+    --target -1, under neuron noise as BAN has it.
 
     Example: `noisec repair guard.toml --out repaired.safetensors`
     """
@@ -337,7 +343,8 @@ def repair(
         raise NoisecError(f"--out {out}: there is a file already, and weights are not written over; choose another name")
     from safetensors.torch import save_file
 
-    from noisec.builders.audit.guard import repair_protected
+    from noisec.builders.audit.evidence import UNKNOWN
+    from noisec.builders.audit.guard import audit_protected, repair_protected, said
     from noisec.builders.audit.repair import RepairSettings
     from noisec.builders.datasets import load_splits
     from noisec.builders.protect import protect
@@ -348,7 +355,12 @@ def repair(
     bench = Workbench(work / guard.name)
     splits = load_splits(guard.data, guard.seed, cache=bench.folder / "images")
     settings = RepairSettings(epochs=epochs, learning_rate=learning_rate, seed=guard.seed)
-    module, figures = repair_protected(guard, splits, protect(guard, splits, bench), settings)
+    protected = protect(guard, splits, bench)
+    if target is None and protected.network is not None:
+        evidence = audit_protected(guard, splits, protected, bench)
+        console.print(said(evidence, splits.class_names))
+        target = evidence.target
+    module, figures = repair_protected(guard, splits, protected, settings, None if target == UNKNOWN else target)
     save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, out)
     console.print(f"{out}: accuracy {figures['accuracy_before']:.4f} before, {figures['accuracy_after']:.4f} after; now: noisec audit")
 
