@@ -95,7 +95,7 @@ def test_rows_have_exactly_the_keys_that_were_agreed(found, rows):
     assert repaired[0]["attack_success_before"] >= zoo.TOOK
     assert repaired[0]["learning_rate"] in run.RATES
     audited = next(evidence["ban"] for model, evidence in found[0].judged if run.is_repaired(model.recipe) and model.took)
-    assert repaired[0]["called_target"] == audited.target
+    assert repaired[0]["called_target"] == audited.suspect
     assert next(row for row in rows if row["method"] == "repair-published")["called_target"] is None
 
 

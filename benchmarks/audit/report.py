@@ -66,7 +66,7 @@ class Repaired:
     model: Model
     learning_rate: float
     target: int | None
-    """that the repair was aimed at: the class that the audit suspects; None as published"""
+    """that the repair was aimed at; None under neuron noise"""
     seconds: float
     accuracy_before: float
     accuracy_after: float
@@ -299,10 +299,8 @@ def _repairs(found: Sequence[Found]) -> str:
     ]  # fmt: skip
     return (
         "The first seed of each backdoor on all the training images. This project's repair learns the true labels of images that lean "
-        "towards the class that its audit suspects, whatever the verdict; the paper's, at its learning rate, mends the first backdoor.\n\n"
-        + markdown_table(heads, table)
-        + "\n\n"
-        + _rates(found)
+        "towards the class that its audit suspects, and works under neuron noise where the audit finds no backdoor; the paper's, under "
+        "neuron noise at its own learning rate, mends the first backdoor.\n\n" + markdown_table(heads, table) + "\n\n" + _rates(found)
     )
 
 

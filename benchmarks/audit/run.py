@@ -49,7 +49,7 @@ FALSE_ALARM = 0.05
 """nominal, of every calibrated method"""
 REPAIR_SHARE = 0.05
 """of the training images: what the paper repairs with"""
-RATES = (0.05, 0.1, 0.2)
+RATES = (0.05, 0.1)
 """learning rates of the repair from which one is chosen for each family"""
 MOST_LOST = 0.03
 """clean accuracy that the chosen rate may cost"""
@@ -64,8 +64,8 @@ class Methods:
     published: AuditSettings = field(default_factory=lambda: AuditSettings(eps=0.3, steps=30, features="complement", repeats=1))
     decoupling: DecouplingSettings = field(default_factory=DecouplingSettings)
     cleanse: CleanseSettings = field(default_factory=lambda: CleanseSettings(steps=100))
-    repair: RepairSettings = field(default_factory=lambda: RepairSettings(epochs=12))
-    """against the class that the audit suspects, at a learning rate that is chosen"""
+    repair: RepairSettings = field(default_factory=RepairSettings)
+    """aimed at what the audit suspects, at a learning rate that is chosen"""
     repair_published: RepairSettings = field(default_factory=RepairSettings)
 
 
@@ -127,7 +127,7 @@ class Benchmark:
         models = [self._next(recipe) for recipe in self.plan.recipes(name)]
         judged = [(model, judged_against(self.judge(model), standards, model.recipe.case)) for model in models if model.took]
         rate, tried = self.choose_rate(name, standards) if self.plan.attacks else (0.0, {})
-        bad = [(model, found["ban"].target) for model, found in judged if is_repaired(model.recipe)]
+        bad = [(model, found["ban"].suspect) for model, found in judged if is_repaired(model.recipe)]
         return Found(
             family=name,
             standards=standards,
@@ -186,7 +186,7 @@ class Benchmark:
         """The repair's learning rate, chosen on a backdoored classifier that is not reported: of the rates that cost at most `MOST_LOST`
         of its accuracy (of all, where none is that cheap) the one that leaves the least attack success. All figures are given back."""
         model = self.zoo.model(Recipe(family, TUNING_ATTACK, TUNING_SEED, "tuning"))
-        target = judged_against(self.judge(model), standards, model.recipe.case)["ban"].target
+        target = judged_against(self.judge(model), standards, model.recipe.case)["ban"].suspect
         settings = self.plan.methods.repair
         tried = {rate: self.repaired(model, replace(settings, learning_rate=rate), target, self.data.audit) for rate in RATES}
 
@@ -203,7 +203,7 @@ class Benchmark:
         """What a repair on `REPAIR_SHARE` of the clean training images does.
 
         Args:
-            target: the class that the audit suspects; None repairs as published
+            target: what the audit suspects; None repairs under neuron noise
             judging: images that accuracy and attack success are measured on; the test images if left out
         """
         judging = self.data.test if judging is None else judging
@@ -214,8 +214,7 @@ class Benchmark:
         def make(folder: Path) -> None:
             (folder / "repair.json").write_text(json.dumps(self._repair(model, images, judging, settings, target)))
 
-        kind = "published" if target is None else f"{settings.learning_rate:g}"
-        folder = self.bench.step(f"repair-{model.recipe.text}-{kind}", inputs, make)
+        folder = self.bench.step(f"repair-{model.recipe.text}-{settings.learning_rate:g}", inputs, make)
         return Repaired(model, settings.learning_rate, target, **json.loads((folder / "repair.json").read_text()))
 
     def _repair(self, model: Model, images: Images, judging: Images, settings: RepairSettings, target: int | None) -> dict[str, float]:

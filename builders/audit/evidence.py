@@ -39,6 +39,11 @@ class Evidence:
     reference: tuple[float, ...] = ()
     """BAN: the histogram of clean classifiers that this one was compared with; empty where that was chance"""
 
+    @property
+    def suspect(self) -> int | None:
+        """What a repair should aim at: the suspected target class where the verdict is a backdoor, else None."""
+        return self.target if self.backdoored and self.target != UNKNOWN else None
+
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Evidence:
         """The same as ``dataclasses.asdict`` gave it, or JSON made of that."""

@@ -329,15 +329,17 @@ def repair(
     epochs: Annotated[int, typer.Option(help="Of fine-tuning on 5 % of the training images.", min=1)] = 25,
     learning_rate: Annotated[float, typer.Option(help="The paper's is .005; small networks need more, such as .05 or .1.")] = 0.005,
     target: Annotated[
-        int | None, typer.Option(help="Class that the backdoor leads to, as `noisec audit` suspects it; -1: as published, without one.")
+        int | None, typer.Option(help="Class that the backdoor leads to; by default the one that an audit finds, -1 for none.")
     ] = None,
 ) -> None:
     """Fine-tune a backdoored classifier and write the repaired weights; audit them again before they ship.
 
-    It learns the true labels of images that lean towards the suspected class: --target, else the one that an audit suspects first. With
-    --target -1, under neuron noise as BAN has it.
+    Where the class that the backdoor leads to is known (--target, else from an audit, which runs first), it learns the true labels of
+    images that lean towards that class; else the classes under neuron noise, as BAN has it.
 
     Example: `noisec repair guard.toml --out repaired.safetensors`
+
+    As published: `noisec repair guard.toml --out repaired.safetensors --target -1`
     """
     if out.exists():
         raise NoisecError(f"--out {out}: there is a file already, and weights are not written over; choose another name")
@@ -359,7 +361,7 @@ def repair(
     if target is None and protected.network is not None:
         evidence = audit_protected(guard, splits, protected, bench)
         console.print(said(evidence, splits.class_names))
-        target = evidence.target
+        target = evidence.suspect
     module, figures = repair_protected(guard, splits, protected, settings, None if target == UNKNOWN else target)
     save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, out)
     console.print(f"{out}: accuracy {figures['accuracy_before']:.4f} before, {figures['accuracy_after']:.4f} after; now: noisec audit")
