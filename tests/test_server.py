@@ -148,6 +148,26 @@ def test_a_scorer_with_values_that_mean_nothing_is_not_served(copy, spoil):
         EmbeddedServer(copy, check=False).start()
 
 
+MEMORY = {"radius": np.float32(1), "neighbours": np.int64(2), "size": np.int64(10)}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda arrays: {"repeats/centre": np.zeros(3, np.float32), **{f"repeats/{name}": value for name, value in MEMORY.items()}},
+        lambda arrays: {"head/weights": arrays["head/weights"][1:]},
+    ],
+    ids=["memory", "head"],
+)
+def test_a_scorer_for_other_widths_is_not_served(copy, other):
+    path = copy / stage_model(GUARD, "scorer") / "1" / "scorer.npz"
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    np.savez(path, **arrays | other(arrays))
+    with pytest.raises(NoisecError, match=r"scorer.npz does not fit the widths in config.pbtxt, .*'IMAGE_PENULTIMATE': 128"):
+        EmbeddedServer(copy, check=False).start()
+
+
 def test_a_broken_scorer_stops_the_start_with_its_reason(copy):
     (copy / stage_model(GUARD, "scorer") / "1" / "scorer.npz").write_bytes(b"not an archive")
     with pytest.raises(NoisecError, match=r"the server stopped while it loaded(.|\n)*fashion_mnist_scorer"):

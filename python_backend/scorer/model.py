@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from .batching import Arrays, answer
@@ -20,9 +21,13 @@ class TritonPythonModel:
         directory = Path(args["model_repository"], args["model_version"])
         self.scorer = Scorer.load(directory / "scorer.npz", int(args["model_version"]))
         self.memory = self.scorer.new_memory()
-        configured = {entry["name"] for entry in json.loads(args["model_config"])["input"]}
-        if configured != set(self.scorer.inputs):
+        configured = {entry["name"]: int(entry["dims"][0]) for entry in json.loads(args["model_config"])["input"]}
+        if configured.keys() != set(self.scorer.inputs):
             raise pb_utils.TritonModelException(f"config.pbtxt feeds {sorted(configured)}; scorer.npz needs {sorted(self.scorer.inputs)}")
+        try:
+            self.scorer.outputs({name: np.zeros((1, width), np.float32) for name, width in configured.items()}, self.scorer.new_memory())
+        except ValueError as error:
+            raise pb_utils.TritonModelException(f"scorer.npz does not fit the widths in config.pbtxt, {configured}: {error}") from error
 
     def compute(self, activations: Arrays, wanted: Sequence[str]) -> Arrays:
         """float32 [n, d] for each input -> [n, 1] for each output"""
