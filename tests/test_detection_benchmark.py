@@ -111,6 +111,15 @@ def test_further_seeds_leave_out_what_is_slow_or_no_white_box_attack(subject, wo
     assert attacked == ["fgsm-0.1", "pgd-0.1"]
 
 
+def test_without_attacks_on_the_classifier_no_detector_is_fitted_but_the_guards_own(subject, work, monkeypatch):
+    monkeypatch.setattr(Benchmark, "detectors", lambda self: pytest.fail("fitted"))
+    for slow in ("gray_box", "query"):
+        monkeypatch.setattr(Benchmark, slow, lambda *given: None)
+    found = run_benchmark(subject, Plan(attacks=(), ladder=(0.1,), sizes=PLAN.sizes), work / "work", work / "ladder", 0, "")
+    assert [(cell.detector, cell.access) for cell in found] == [("default", "adaptive")]
+    assert "Attackers who know more" in (work / "ladder" / "README.md").read_text()
+
+
 def test_the_published_protocols_benign_inputs_carry_the_attacks_own_noise(pixels):
     noise = np.sign(pixels - 0.5) * np.float32(0.03)
     attacked = np.clip(pixels * 0.8 + 0.1, 0, 1) + noise

@@ -143,12 +143,8 @@ class Benchmark:
 
     def run(self) -> None:
         """Every cell."""
-        detectors = self.detectors()
-        self._keep("clean", detectors, self.clean)
-        self._keep("natural noise", detectors, self.noisy)
-        self.white_boxes(self.attacks, detectors)
-        for name in self.plan.black_box:
-            self.replayed(AttackSpec.parse(name), detectors)
+        if self.plan.attacks or self.plan.black_box:
+            self.on_the_classifier(self.detectors())
         for eps in self.plan.ladder:
             self.adaptive(eps)
         if self.plan.ladder:
@@ -157,6 +153,14 @@ class Benchmark:
                 self.query(self.plan.ladder[0], with_score)
         for name in self.plan.triggers:
             self.backdoor(name)
+
+    def on_the_classifier(self, detectors: Mapping[str, Calibrated]) -> None:
+        """The attackers who do not look at the guard; only they need every detector."""
+        self._keep("clean", detectors, self.clean)
+        self._keep("natural noise", detectors, self.noisy)
+        self.white_boxes(self.attacks, detectors)
+        for name in self.plan.black_box:
+            self.replayed(AttackSpec.parse(name), detectors)
 
     def repeat(self) -> None:
         """What further seeds repeat: the white-box attacks on another draw of the report images, without the slow ones."""
