@@ -327,7 +327,7 @@ def repair(
     out: Annotated[Path, typer.Option("--out", "-o", help="New weights file; an existing one is not written over.")],
     work: Annotated[Path, typer.Option(help="Folder for finished steps, as of `noisec build`.")] = Path("workbench"),
     epochs: Annotated[int, typer.Option(help="Of fine-tuning on 5 % of the training images.", min=1)] = 25,
-    learning_rate: Annotated[float, typer.Option(help="The paper's is .005; small networks need more, such as .05 or .1.")] = 0.005,
+    learning_rate: Annotated[float, typer.Option(help="The paper's is .005, with which small networks keep their backdoor.")] = 0.05,
     target: Annotated[
         int | None, typer.Option(help="Class that the backdoor leads to; by default the one that an audit finds, -1 for none.")
     ] = None,
@@ -339,7 +339,7 @@ def repair(
 
     Example: `noisec repair guard.toml --out repaired.safetensors`
 
-    As published: `noisec repair guard.toml --out repaired.safetensors --target -1`
+    As published: `noisec repair guard.toml --out repaired.safetensors --target -1 --learning-rate 0.005`
     """
     if out.exists():
         raise NoisecError(f"--out {out}: there is a file already, and weights are not written over; choose another name")
