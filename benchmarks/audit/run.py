@@ -65,8 +65,7 @@ class Methods:
     decoupling: DecouplingSettings = field(default_factory=DecouplingSettings)
     cleanse: CleanseSettings = field(default_factory=lambda: CleanseSettings(steps=100))
     repair: RepairSettings = field(default_factory=RepairSettings)
-    """aimed at what the audit suspects, at a learning rate that is chosen"""
-    repair_published: RepairSettings = field(default_factory=RepairSettings)
+    """at the paper's learning rate as published, else at one that is chosen"""
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ class Benchmark:
             rate=rate,
             tried=tried,
             repaired=tuple(self.repaired(model, replace(self.plan.methods.repair, learning_rate=rate), target) for model, target in bad),
-            repaired_as_published=tuple(self.repaired(model, self.plan.methods.repair_published, None) for model, _ in bad[:1]),
+            repaired_as_published=tuple(self.repaired(model, self.plan.methods.repair, None) for model, _ in bad[:1]),
         )
 
     def standard(self, recipes: Sequence[Recipe]) -> Standard:

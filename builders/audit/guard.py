@@ -100,7 +100,7 @@ def repair_protected(
     """A repaired copy of a guard's classifier, and its accuracy on the report images before and after.
 
     Args:
-        target: the class that an audit suspects; None repairs as published
+        target: the class that an audit suspects; None repairs under neuron noise
 
     Returns:
         the module as the guard's specification builds it, without what the build wraps around it

@@ -57,7 +57,7 @@ def repair(
 
     Args:
         images: clean and labelled
-        target: the class that an audit suspects (`Evidence.target`); None repairs as published
+        target: the class that an audit suspects (`Evidence.suspect`); None repairs under neuron noise
 
     Raises:
         NoisecError: target, images or network cannot be used (`noisec.builders.audit.checks`).
