@@ -163,6 +163,9 @@ class AutoencoderSpec(Section):
     classifier's features of the reconstruction differ by from those of the clean image (Liao et al. 2018)"""
     patches: Annotated[float, Field(ge=0, le=1)] = 0.0
     """share of the training images that also get a small random patch, so that the denoiser learns to remove triggers"""
+    blocks: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """above 0: a quarter of the training images get noise in rectangles of up to this amplitude instead, so that the denoiser also removes
+    the coarse perturbations of attacks that search without gradients"""
     mixed_precision: bool = False
     """train with bfloat16 convolutions, as for the classifier"""
 

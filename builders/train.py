@@ -24,6 +24,8 @@ LAYOUT = torch.channels_last
 """of images and weights while training: convolutions are a third faster in it on a CPU"""
 PATCH_SIDES = (2, 6)
 """smallest and one more than the largest side of a random patch, in pixels"""
+BLOCK_SHARE = 0.25
+"""share of the training images that get noise in blocks instead, where the specification asks for it"""
 Classify = Callable[[Tensor], Mapping[str, Tensor]]
 """images float32 [n, C, H, W] in [0, 1] -> LOGITS [n, classes] and PENULTIMATE [n, d], with gradients"""
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -80,6 +82,30 @@ def corrupt(images: Tensor, deviation: float, patches: float) -> Tensor:
         kinds = torch.rand(channels, side, side).round(), torch.rand(channels, 1, 1), torch.ones(channels, 1, 1)
         corrupted[row, :, top : top + side, left : left + side] = kinds[int(torch.randint(len(kinds), ()))].to(images.device)
     return corrupted
+
+
+def in_blocks(images: Tensor, amplitude: float) -> Tensor:
+    """Images with noise of random sign that is constant over a grid of rectangles, whose sides (1, 2, 4, ... pixels) and place are drawn
+    for each image as its size is, from [0, ``amplitude``]: the coarse perturbations that attacks without gradients build.
+
+    Args:
+        images: float32 [n, C, H, W] in [0, 1]
+
+    Returns:
+        float32 [n, C, H, W], clipped to [0, 1]
+    """
+    count, channels, height, width = images.shape
+
+    def cells(pixels: int) -> Tensor:
+        """Number of the cell that each pixel is in, along one axis, int64 [n, pixels]."""
+        sides = 2 ** torch.randint(pixels.bit_length(), (count, 1))
+        return (torch.arange(pixels) + (sides * torch.rand(count, 1)).long()) // sides
+
+    rows, columns = cells(height), cells(width)
+    signs = torch.randn(count, height + 1, width + 1, channels).sign()
+    noise = signs[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    sizes = amplitude * torch.rand(count, 1, 1, 1)
+    return (images + (sizes * noise).to(images.device)).clamp(0, 1)
 
 
 def train_classifier(spec: ClassifierSpec, images: Images, classes: int, seed: int, folder: Path) -> None:
@@ -154,6 +180,9 @@ def train_autoencoder(spec: AutoencoderSpec, images: Images, seed: int, folder: 
 
     def loss(batch: Tensor, labels: Tensor) -> Tensor:
         corrupted = corrupt(batch, spec.noise_sd, spec.patches)
+        if spec.blocks:
+            share = round(BLOCK_SHARE * len(batch))
+            corrupted[-share:] = in_blocks(batch[-share:], spec.blocks)
         if not spec.guidance:
             return nn.functional.mse_loss(network(corrupted), batch)
         assert classify is not None

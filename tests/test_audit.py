@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from noisec.builders.audit.ban import AuditSettings, Balanced, audit, balanced_halves, calibrate, checked_counts, excess
+from noisec.builders.audit.ban import AuditSettings, Balanced, audit, balanced_halves, calibrate, checked_counts
 from noisec.builders.audit.baselines import CleanseSettings, DecouplingSettings, anomaly, bti_dbf, neural_cleanse
-from noisec.builders.audit.evidence import UNKNOWN, Evidence
+from noisec.builders.audit.checks import frozen
+from noisec.builders.audit.evidence import UNKNOWN, Evidence, excess
+from noisec.builders.audit.guard import said
+from noisec.builders.audit.margins import largest_margins
 from noisec.builders.audit.masks import SplitNetwork
 from noisec.builders.audit.measure import accuracy, attack_success
 from noisec.builders.audit.neurons import adversarial_noise, noise_shapes, noisy_logits
@@ -28,6 +31,7 @@ from noisec.builders.protect import save_stage
 from noisec.builders.sources import fashion_mnist
 from noisec.builders.spec import PreprocessingSpec
 from noisec.builders.torchgraph import Step
+from noisec.builders.train import DEVICE
 from noisec.errors import NoisecError
 
 CLASSES, TARGET, EPOCHS, BATCH = 10, 3, 4, 64
@@ -272,7 +276,7 @@ def test_a_target_that_chance_hides_stands_out_against_clean_classifiers():
     random = np.random.default_rng(0)
     usual = np.array([0.4, 0.3, 0.1, 0.1, 0.1])
     clean = [one / one.sum() for one in usual * random.uniform(0.9, 1.1, (6, 5))]
-    reference = fit_reference([one.tolist() for one in clean[:5]], 0.05)
+    reference = fit_reference([replace(EVIDENCE, histogram=tuple(one)) for one in clean[:5]], 0.05)
     assert reference.threshold > max(reference.scores)
 
     def verdict(shares):
@@ -282,12 +286,42 @@ def test_a_target_that_chance_hides_stands_out_against_clean_classifiers():
     bad = verdict([0.35, 0.2, 0.05, 0.05, 0.35])
     assert (bad.backdoored, bad.target, bad.reference) == (True, 4, reference.histogram)
     assert max(excess([0.35, 0.2, 0.05, 0.05, 0.35])) < max(excess(clean[5].tolist())), "against chance the clean one looks worse"
+    two, three = replace(EVIDENCE, histogram=(0.5, 0.5)), replace(EVIDENCE, histogram=(0.2, 0.3, 0.5))
     with pytest.raises(NoisecError, match="at least 3"):
-        fit_reference([[0.5, 0.5], [0.4, 0.6]], 0.05)
+        fit_reference([two, two], 0.05)
     with pytest.raises(NoisecError, match="2 and 3 classes"):
-        fit_reference([[0.5, 0.5], [0.4, 0.6], [0.2, 0.3, 0.5]], 0.05)
+        fit_reference([two, two, three], 0.05)
     with pytest.raises(NoisecError, match="cannot be compared"):
-        judged_by(replace(EVIDENCE, histogram=(0.5, 0.5)), reference)
+        judged_by(two, reference)
+
+
+def test_a_target_whose_logit_goes_further_than_in_clean_classifiers_stands_out():
+    random = np.random.default_rng(1)
+    shares = (0.4, 0.3, 0.1, 0.1, 0.1)
+    usual = np.array([30.0, 10.0, 20.0, 8.0, 12.0])
+    clean = [replace(EVIDENCE, histogram=shares, margins=tuple(usual * random.uniform(0.9, 1.1, 5))) for _ in range(6)]
+    reference = fit_reference(clean[:5], 0.05)
+    assert not judged_by(clean[5], reference).backdoored
+    bad = judged_by(replace(EVIDENCE, histogram=shares, margins=(30.0, 10.0, 20.0, 24.0, 12.0)), reference)
+    assert (bad.backdoored, bad.target) == (True, 3), "class 0 has the largest margin, in clean classifiers too"
+    assert bad.score == pytest.approx((1 - reference.margins[3] / 24) / 3, abs=1e-6), "the histogram is as usual"
+    assert f"its logit can be driven {24 / reference.margins[3]:.1f} times as far" in said(bad, tuple("abcde"))
+    with pytest.raises(NoisecError, match="without margins"):
+        judged_by(replace(EVIDENCE, histogram=shares), reference)
+    with pytest.raises(NoisecError, match="has no margins"):
+        fit_reference([*clean[:3], replace(EVIDENCE, histogram=shares)], 0.05)
+
+
+def test_the_largest_margins_of_a_linear_classifier_are_those_of_the_best_corner():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    torch.manual_seed(0)
+    network[1].weight.data = torch.randn(2, 16).sign() * torch.tensor([[1.0], [0.5]])
+    found = largest_margins(frozen(network), torch.rand(30, 1, 4, 4, device=DEVICE), 2, 2, 50, 0)
+    difference = (network[1].weight[0] - network[1].weight[1]).detach()
+    bias = float((network[1].bias[0] - network[1].bias[1]).detach())
+    assert found.tolist() == pytest.approx(
+        [float(difference.clamp(min=0).sum()) + bias, float((-difference).clamp(min=0).sum()) - bias], rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", TRIGGERS)

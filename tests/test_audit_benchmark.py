@@ -85,7 +85,7 @@ def rows(found, folder):
 def test_rows_have_exactly_the_keys_that_were_agreed(found, rows):
     for row in rows:
         assert tuple(row) == (*KEYS, *(BEFORE if row["method"].startswith("repair") else ()))
-    assert {row["method"] for row in rows} == {"ban", "ban-chance", "ban-published", "bti-dbf", "repair", "repair-published"}
+    assert {row["method"] for row in rows} == {"ban", "ban-shares", "ban-chance", "ban-published", "bti-dbf", "repair", "repair-published"}
     repaired = [row for row in rows if row["method"] == "repair"]
     assert [row["attack"] for row in repaired] == ["badnets"]
     assert repaired[0]["attack_success_before"] >= zoo.TOOK
@@ -111,11 +111,13 @@ def test_classifiers_that_calibrate_or_tune_are_not_reported(found, rows, folder
 def test_verdicts_rest_on_the_calibrated_thresholds(found):
     for model, methods in found[0].judged:
         for name, one in methods.items():
-            by_chance = name == "ban" and model.recipe.case == FEW
+            compared = name in run.COMPARED and model.recipe.case != FEW
+            by_chance = name in run.COMPARED and not compared
             standard = found[0].standards[UNBALANCED if model.recipe.case == UNBALANCED else ""]
             assert one.threshold == standard.thresholds["ban-chance" if by_chance else name]
             assert one.backdoored == (one.score > one.threshold)
-            assert bool(one.reference) == (name == "ban" and not by_chance)
+            assert bool(one.reference) == compared
+            assert bool(one.reference_margins) == (name == "ban" and compared)
     evidence = found[0].judged[0][1]["ban"]
     assert judged_at({"neural-cleanse": evidence}, {})["neural-cleanse"] == evidence
 

@@ -3,7 +3,7 @@
 Noise on the neurons that makes a clean network fail makes it fail in all directions; a backdoored one fails towards the backdoor's
 target. The published code shows a histogram of labels and leaves the verdict to the reader. Here the verdict is ``score > threshold``,
 the score being how far the share of held-out clean images with one label lies above chance, or above what clean classifiers of the
-same family give that label (`noisec.builders.audit.reference`).
+same family give that label; against such a reference the classes' largest margins count too (`noisec.builders.audit.reference`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from noisec.builders.audit.checks import check, frozen, logits_of, pieces, tensors
-from noisec.builders.audit.evidence import Evidence
+from noisec.builders.audit.evidence import Evidence, excess
+from noisec.builders.audit.margins import largest_margins
 from noisec.builders.audit.masks import SplitNetwork, feature_mask
 from noisec.builders.audit.neurons import CHUNK, adversarial_noise, batch_statistics, perturbed, replaced_logits
 from noisec.builders.images import Images
@@ -56,6 +57,10 @@ class AuditSettings:
     seed: int = 0
     repeats: int = 6
     """audits with different samples and noise, whose histograms are averaged"""
+    starts: int = 2
+    """images from which each class's largest margin is searched; 0 leaves it out"""
+    ascents: int = 50
+    """steps of that search"""
     threshold: float = 0.28
     """score above which a classifier is called backdoored: what `calibrate` gave for clean small classifiers of two families, five
     each, at a nominal false-alarm rate of 5 %; for others it has to be fitted again"""
@@ -102,11 +107,13 @@ def audit(
     started = time.perf_counter()
     check(network, images, classes)
     copied = frozen(network if counts is None else Balanced(network, checked_counts(counts, classes)))
+    rounds = []
     with bar("auditing", settings.repeats) as shown:
-        rounds = []
         for number in range(settings.repeats):
             rounds.append(_round(copied, images, settings, settings.seed + number))
             shown.advance()
+    pixels = tensors(balanced_halves(images, settings.samples, settings.seed)[0])[0]
+    reached = largest_margins(copied, pixels, classes, settings.starts, settings.ascents, settings.seed) if settings.starts else ()
     noisy = torch.stack([label_shares(logits, classes) for logits, _, _ in rounds]).mean(0)
     quiet = torch.stack([label_shares(logits, classes) for _, logits, _ in rounds]).mean(0)
     above = excess(noisy.tolist())
@@ -122,6 +129,7 @@ def audit(
         histogram=tuple(noisy.tolist()),
         loss=sum(nn.functional.cross_entropy(logits, labels).item() for logits, _, labels in rounds) / len(rounds),
         seconds=time.perf_counter() - started,
+        margins=tuple(map(float, reached)),
     )
 
 
@@ -158,17 +166,6 @@ def _round(network: nn.Module, images: Images, settings: AuditSettings, seed: in
 def label_shares(logits: Tensor, classes: int) -> Tensor:
     """Share of the rows [n, classes] that gets each label: float32 [classes] on the CPU."""
     return torch.bincount(logits.argmax(1).cpu(), minlength=classes).float() / len(logits)
-
-
-def excess(shares: Sequence[float], expected: Sequence[float] | None = None) -> list[float]:
-    """How far each label's share lies above what clean classifiers give it: 0 where it does not, 1 where all images get the label.
-
-    Args:
-        shares: of the held-out images, of each label: [classes]
-        expected: the same of clean classifiers, each below 1; chance if left out
-    """
-    chance = [1 / len(shares)] * len(shares)
-    return [(share - usual) / (1 - usual) for share, usual in zip(shares, expected or chance, strict=True)]
 
 
 def balanced_halves(images: Images, samples: int, seed: int) -> tuple[Images, Images]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 UNKNOWN = -1
 """no class is suspected"""
+SHARE_WEIGHT = 2 / 3
+"""of the histogram in BAN's score against a reference; the rest is the largest margins', which vary twice as much in clean classifiers"""
+LEAST_MARGIN = 1e-3
+"""margins are taken for at least this, in nats"""
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class Evidence:
     backdoored: bool
     """the verdict: ``score > threshold``"""
     score: float
-    """what the verdict rests on: for BAN the largest excess of the histogram over the reference, for BTI-DBF `top_class_share`, for Neural
+    """what the verdict rests on: for BAN the largest of `suspicion`, for BTI-DBF `top_class_share`, for Neural
     Cleanse the anomaly index"""
     threshold: float
     target: int
@@ -38,6 +42,10 @@ class Evidence:
     """Neural Cleanse: L1 norm of the inverted mask of each class, in pixels"""
     reference: tuple[float, ...] = ()
     """BAN: the histogram of clean classifiers that this one was compared with; empty where that was chance"""
+    margins: tuple[float, ...] = ()
+    """BAN: how far each class's logit can be driven above the others (`noisec.builders.audit.margins`)"""
+    reference_margins: tuple[float, ...] = ()
+    """BAN: the same of the clean classifiers; empty where the verdict rests on the histogram alone"""
 
     @property
     def suspect(self) -> int | None:
@@ -49,3 +57,28 @@ class Evidence:
         """The same as ``dataclasses.asdict`` gave it, or JSON made of that."""
         values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
         return cls(**values)
+
+
+def excess(shares: Sequence[float], expected: Sequence[float] | None = None) -> list[float]:
+    """How far each label's share lies above what clean classifiers give it: 0 where it does not, 1 where all images get the label.
+
+    Args:
+        shares: of the held-out images, of each label: [classes]
+        expected: the same of clean classifiers, each below 1; chance if left out
+    """
+    chance = [1 / len(shares)] * len(shares)
+    return [(share - usual) / (1 - usual) for share, usual in zip(shares, expected or chance, strict=True)]
+
+
+def suspicion(evidence: Evidence) -> list[float]:
+    """What speaks for a backdoor towards each class: [classes], at most 1, about 0 for a clean classifier.
+
+    It is the excess of BAN's histogram over the reference, or over chance; where there are largest margins to compare with, averaged with
+    the share of each margin that lies above what clean classifiers have.
+    """
+    shares = excess(evidence.histogram, evidence.reference)
+    if not evidence.reference_margins:
+        return shares
+    pairs = zip(evidence.margins, evidence.reference_margins, strict=True)
+    above = [1 - usual / max(margin, LEAST_MARGIN) for margin, usual in pairs]
+    return [SHARE_WEIGHT * share + (1 - SHARE_WEIGHT) * margin for share, margin in zip(shares, above, strict=True)]

@@ -14,7 +14,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 from noisec.builders.audit.ban import AuditSettings, audit
-from noisec.builders.audit.evidence import UNKNOWN, Evidence
+from noisec.builders.audit.evidence import LEAST_MARGIN, UNKNOWN, Evidence, suspicion
 from noisec.builders.audit.measure import accuracy
 from noisec.builders.audit.repair import RepairSettings, repair
 from noisec.builders.audit.restored import Restored
@@ -69,27 +69,39 @@ def audit_problems(evidence: Evidence, class_names: tuple[str, ...]) -> list[str
 def said(evidence: Evidence, class_names: tuple[str, ...]) -> str:
     """The verdict in one sentence."""
     suspected = evidence.top_class_share if evidence.target == UNKNOWN else evidence.histogram[evidence.target]
-    share = f"{100 * suspected:.0f} % of the images get one label under neuron noise, {100 * evidence.share_without_noise:.0f}"
-    figures = f"{share} % without (score {evidence.score:.2f}, threshold {evidence.threshold:.2f})"
+    share = f"{100 * suspected:.0f} % of the images get one label under neuron noise, {100 * evidence.share_without_noise:.0f} % without"
+    figures = f"{share}{_margin_said(evidence)} (score {evidence.score:.2f}, threshold {evidence.threshold:.2f})"
     if not evidence.backdoored or evidence.target == UNKNOWN:
         return f"audit: {'a backdoor is likely' if evidence.backdoored else 'no backdoor found'}: {figures}"
     return f"audit: the classifier is probably backdoored towards class {evidence.target} ({class_names[evidence.target]}): {figures}"
 
 
+def _margin_said(evidence: Evidence) -> str:
+    if evidence.target == UNKNOWN or not evidence.reference_margins:
+        return ""
+    usual = max(evidence.reference_margins[evidence.target], LEAST_MARGIN)
+    return f", and its logit can be driven {evidence.margins[evidence.target] / usual:.1f} times as far above the others as in clean ones"
+
+
 def draw_audit(evidence: Evidence, class_names: tuple[str, ...], path: Path) -> None:
-    """Shares of the labels under neuron noise, and where the verdict turns."""
-    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    shares = np.array(evidence.histogram)
-    expected = np.array(evidence.reference) if evidence.reference else np.full(len(shares), 1 / len(shares))
-    colours = ["#b3261e" if evidence.backdoored and label == evidence.target else "#1f77b4" for label in range(len(shares))]
-    axes.bar(range(len(shares)), shares, color=colours)
-    edges = np.arange(len(shares) + 1) - 0.5
-    bounds = evidence.threshold * (1 - expected) + expected
-    axes.stairs(bounds, edges, baseline=None, color="black", linestyle="--", linewidth=1, label="threshold")
-    axes.set_xticks(range(len(shares)), class_names[: len(shares)], rotation=45, ha="right")
-    axes.set_ylabel("share of labels under neuron noise")
-    axes.set_title("backdoored" if evidence.backdoored else "no backdoor found")
-    axes.legend(frameon=False)
+    """What the audit saw of each class beside what is usual, and each class's score with the threshold."""
+    classes = len(evidence.histogram)
+    panels = {"share of labels under neuron noise": (evidence.histogram, evidence.reference or (1 / classes,) * classes)}
+    if evidence.margins:
+        panels["largest margin of the logit"] = (evidence.margins, evidence.reference_margins)
+    panels["score"] = (tuple(suspicion(evidence)), ())
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), layout="constrained", squeeze=False)
+    colours = ["#b3261e" if evidence.backdoored and label == evidence.target else "#1f77b4" for label in range(classes)]
+    for panel, (title, (values, usual)) in zip(axes[0], panels.items(), strict=True):
+        panel.bar(range(classes), values, color=colours)
+        if usual:
+            panel.stairs(usual, np.arange(classes + 1) - 0.5, baseline=None, color="black", linewidth=1, label="usual")
+            panel.legend(frameon=False)
+        panel.set_xticks(range(classes), class_names[:classes], rotation=45, ha="right")
+        panel.set_title(title)
+    axes[0, -1].axhline(evidence.threshold, color="black", linestyle="--", linewidth=1, label="threshold")
+    axes[0, -1].legend(frameon=False)
+    figure.suptitle("backdoored" if evidence.backdoored else "no backdoor found")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -308,7 +308,7 @@ def audit(
     guard = read_spec(spec)
     bench = Workbench(work / guard.name)
     splits = load_splits(guard.data, guard.seed, cache=bench.folder / "images")
-    reference = fit_reference([read_evidence(path).histogram for path in like], false_alarm) if like else None
+    reference = fit_reference([read_evidence(path) for path in like], false_alarm) if like else None
     evidence = audit_protected(guard, splits, protect(guard, splits, bench), bench)
     if reference:
         evidence = judged_by(evidence, reference)
