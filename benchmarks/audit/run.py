@@ -327,10 +327,10 @@ def _facts(benchmark: Benchmark, found: Sequence[Found], command: str, seconds: 
         "known beforehand": "BAN's settings were chosen while looking at four ResNets, two of which are reported; the comparison with "
         "clean classifiers of the family came after a first look at the zoo's verdicts, the comparison of unbalanced ones with unbalanced "
         "ones after a second; with three of these, one family's threshold was so high that its unbalanced backdoor passed, so there are as "
-        "many as of the balanced ones; the largest margins came after a third look, their settings chosen on three VGGs that are not "
-        "reported, their weight while looking at the first seed of each backdoor, but not at the second seeds (except one ResNet's) or the "
-        "hard cases; that the repair aims at the suspected class came after its results without, its settings chosen on two ResNets that "
-        "are not reported (blend, iad)",
+        "many as of the balanced ones; the largest margins came after a third look, their search chosen on three VGGs that are not "
+        "reported, how they join the shares while looking at the VGGs and at the first seed of each backdoor of the others, but at no "
+        "other second seed (except one ResNet's) or hard case; that the repair aims at the suspected class came after its results without, "
+        "its settings chosen on two ResNets that are not reported (blend, iad)",
         "settings": {name: asdict(one) for name, one in vars(plan.methods).items()},
     }
 

@@ -32,8 +32,6 @@ from noisec.errors import NoisecError
 
 MARGIN = 0.02
 """what a threshold fitted on few models lies above the largest score among them, at least"""
-EDGE = 1e-3
-"""scores are kept this far from 0 and 1 before they become log odds"""
 
 
 @dataclass(frozen=True)
@@ -196,20 +194,20 @@ def calibrate(scores: Sequence[float], false_alarm: float) -> float:
 
     With n scores of clean classifiers, n >= 1 / false_alarm - 1, it is the conformal quantile, the ceil((n + 1) (1 - false_alarm))-th
     smallest: a further clean classifier, exchangeable with these, lies above it with probability at most ``false_alarm``, whatever the
-    distribution. With fewer there is no such quantile; it is then the prediction bound of a normal distribution fitted to the log odds
-    of the scores (Student's t), at least `MARGIN` above the largest score: an assumption, not a guarantee.
+    distribution. With fewer there is no such quantile; it is then the prediction bound of a normal distribution fitted to the scores
+    (Student's t), at least `MARGIN` above the largest one: an assumption, not a guarantee.
 
     Args:
         scores: `Evidence.score` of clean classifiers that were trained and audited alike; those of `audit` or of `bti_dbf`
 
     Raises:
-        NoisecError: fewer than three scores, scores outside [0, 1], or a rate outside (0, 1).
+        NoisecError: fewer than three scores, a score above 1 or not finite, or a rate outside (0, 1).
     """
     values = np.sort(np.asarray(scores, dtype=np.float64))
     if not 0 < false_alarm < 1:
         raise NoisecError(f"calibrate: false_alarm is {false_alarm}; expected a rate between 0 and 1, such as 0.05")
-    if len(values) < 3 or not ((values >= 0) & (values <= 1)).all():
-        raise NoisecError(f"calibrate: {len(values)} scores; expected those of at least 3 clean classifiers, each in [0, 1]")
+    if len(values) < 3 or not (np.isfinite(values) & (values <= 1)).all():
+        raise NoisecError(f"calibrate: {len(values)} scores; expected those of at least 3 clean classifiers, each at most 1")
     rank = math.ceil(round((len(values) + 1) * (1 - false_alarm), 9))
     return float(values[rank - 1]) if rank <= len(values) else _fitted_bound(values, false_alarm)
 
@@ -217,8 +215,5 @@ def calibrate(scores: Sequence[float], false_alarm: float) -> float:
 def _fitted_bound(scores: npt.NDArray[np.float64], false_alarm: float) -> float:
     from scipy.stats import t  # type: ignore[import-untyped, unused-ignore]
 
-    clipped = np.clip(scores, EDGE, 1 - EDGE)
-    odds = np.log(clipped / (1 - clipped))
-    width = t.ppf(1 - false_alarm, len(odds) - 1) * odds.std(ddof=1) * math.sqrt(1 + 1 / len(odds))
-    bound = 1 / (1 + math.exp(-(odds.mean() + width)))
-    return float(min(max(bound, scores.max() + MARGIN), 1 - EDGE))
+    width = t.ppf(1 - false_alarm, len(scores) - 1) * scores.std(ddof=1) * math.sqrt(1 + 1 / len(scores))
+    return float(max(scores.mean() + width, scores.max() + MARGIN))

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 UNKNOWN = -1
 """no class is suspected"""
-SHARE_WEIGHT = 2 / 3
-"""of the histogram in BAN's score against a reference; the rest is the largest margins', which vary twice as much in clean classifiers"""
 LEAST_MARGIN = 1e-3
 """margins are taken for at least this, in nats"""
 
@@ -73,12 +73,13 @@ def excess(shares: Sequence[float], expected: Sequence[float] | None = None) -> 
 def suspicion(evidence: Evidence) -> list[float]:
     """What speaks for a backdoor towards each class: [classes], at most 1, about 0 for a clean classifier.
 
-    It is the excess of BAN's histogram over the reference, or over chance; where there are largest margins to compare with, averaged with
-    the share of each margin that lies above what clean classifiers have.
+    It is the excess of BAN's histogram over the reference, or over chance; where there are largest margins to compare with, its mean with
+    theirs: the share of each margin that lies above what clean classifiers have, after all margins are scaled so that the middle class has
+    as much as in those (a classifier's logits have a scale of their own).
     """
     shares = excess(evidence.histogram, evidence.reference)
     if not evidence.reference_margins:
         return shares
-    pairs = zip(evidence.margins, evidence.reference_margins, strict=True)
-    above = [1 - usual / max(margin, LEAST_MARGIN) for margin, usual in pairs]
-    return [SHARE_WEIGHT * share + (1 - SHARE_WEIGHT) * margin for share, margin in zip(shares, above, strict=True)]
+    usual = np.array(evidence.reference_margins) / np.maximum(evidence.margins, LEAST_MARGIN)
+    above = 1 - usual / np.median(usual)
+    return [(share + margin) / 2 for share, margin in zip(shares, above.tolist(), strict=True)]

@@ -48,7 +48,7 @@ def fit_reference(clean: Sequence[Evidence], false_alarm: float) -> Reference:
     if len({len(one.margins) for one in clean}) > 1:
         raise NoisecError("audit: the evidence on some of the clean classifiers has no margins; audit all of them with this version")
     others = [[one for one in clean if one is not left] for left in clean]
-    scores = tuple(_score(compared(one, rest)) for one, rest in zip(clean, others, strict=True))
+    scores = tuple(max(suspicion(compared(one, rest))) for one, rest in zip(clean, others, strict=True))
     whole = compared(clean[0], clean)
     return Reference(whole.reference, whole.reference_margins, scores, calibrate(scores, false_alarm))
 
@@ -57,10 +57,6 @@ def compared(evidence: Evidence, clean: Sequence[Evidence]) -> Evidence:
     """The evidence beside what clean classifiers show on average."""
     histogram, margins = (np.mean(values, axis=0).tolist() for values in ([one.histogram for one in clean], [one.margins for one in clean]))
     return replace(evidence, reference=tuple(histogram), reference_margins=tuple(margins))
-
-
-def _score(evidence: Evidence) -> float:
-    return max(0.0, *suspicion(evidence))
 
 
 def judged_by(evidence: Evidence, reference: Reference) -> Evidence:
@@ -76,11 +72,12 @@ def judged_by(evidence: Evidence, reference: Reference) -> Evidence:
     if len(evidence.margins) < len(reference.margins):
         raise NoisecError("audit: the classifier was audited without margins, which the clean ones have; audit it with this version")
     beside = replace(evidence, reference=reference.histogram, reference_margins=reference.margins)
-    score = _score(beside)
+    above = suspicion(beside)
+    score = max(above)
     return replace(
         beside,
         score=score,
-        target=int(np.argmax(suspicion(beside))),
+        target=above.index(score),
         threshold=reference.threshold,
         backdoored=score > reference.threshold,
     )
