@@ -8,7 +8,7 @@ from typing import Any
 from noisec.builders.attacks import SQUARE_QUERIES
 from noisec.builders.figures import PrecisionTable, figure_rows, markdown_table, percent, precision_rows
 from noisec.builders.repository import Widths
-from noisec.builders.spec import GuardSpec
+from noisec.builders.spec import BLOCK_SHARE, GuardSpec
 
 CARD = """# {name}, release {release}
 
@@ -35,7 +35,7 @@ or compiling the two stages.
 An attacker who holds the guard's own weights is not among these attacks, and is not stopped.
 
 ## Made of
-{audit}- autoencoder: `{autoencoder}`, trained on {train} clean images with noise of sd 0 to {noise_sd}{patches}{guided}
+{audit}- autoencoder: `{autoencoder}`, trained on {train} clean images with noise of sd 0 to {noise_sd}{patches}{guided}{blocks}
 - detectors: {detectors}, fitted on {fit} clean images and calibrated on {calibrate} others,
   half of them with sensor noise of sd 0 to {natural}
 {memory}- {levels} noise level(s), runtime `{runtime}`, precision `{precision}`, seed {seed}
@@ -73,6 +73,9 @@ def write_card(
         if spec.autoencoder.guidance
         else "",
         patches=f", {percent(spec.autoencoder.patches, 0)} of them also with a random patch" if spec.autoencoder.patches else "",
+        blocks=f"; {percent(BLOCK_SHARE, 0)} of the images with noise in blocks of up to {spec.autoencoder.blocks:g} instead"
+        if spec.autoencoder.blocks
+        else "",
         detectors=", ".join(f"`{detector.name}`" for detector in spec.detectors),
         memory=f"- memory: what {spec.memory.neighbours} of the last {spec.memory.size} inputs nearly repeat is malicious too\n"
         if spec.memory

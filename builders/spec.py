@@ -149,6 +149,10 @@ class ClassifierSpec(Section):
         return self
 
 
+BLOCK_SHARE = 0.25
+"""of the training images that get noise in blocks, where there is any"""
+
+
 class AutoencoderSpec(Section):
     """The denoiser: trained on clean images to undo random corruption (NoiSec section 4.1)."""
 
@@ -164,8 +168,8 @@ class AutoencoderSpec(Section):
     patches: Annotated[float, Field(ge=0, le=1)] = 0.0
     """share of the training images that also get a small random patch, so that the denoiser learns to remove triggers"""
     blocks: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """above 0: a quarter of the training images get noise in rectangles of up to this amplitude instead, so that the denoiser also removes
-    the coarse perturbations of attacks that search without gradients"""
+    """above 0: a share `BLOCK_SHARE` of the training images gets noise in rectangles of up to this amplitude instead, so that the denoiser
+    also removes the coarse perturbations of attacks that search without gradients"""
     mixed_precision: bool = False
     """train with bfloat16 convolutions, as for the classifier"""
 

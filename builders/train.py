@@ -16,7 +16,7 @@ from noisec import contract
 from noisec.builders.images import Images
 from noisec.builders.networks import CLASSIFIERS, DENOISERS
 from noisec.builders.progress import bar, console
-from noisec.builders.spec import AutoencoderSpec, BackdoorSpec, ClassifierSpec
+from noisec.builders.spec import BLOCK_SHARE, AutoencoderSpec, BackdoorSpec, ClassifierSpec
 
 WEIGHTS, CHECKPOINT = "weights.pt", "checkpoint.pt"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -24,8 +24,6 @@ LAYOUT = torch.channels_last
 """of images and weights while training: convolutions are a third faster in it on a CPU"""
 PATCH_SIDES = (2, 6)
 """smallest and one more than the largest side of a random patch, in pixels"""
-BLOCK_SHARE = 0.25
-"""share of the training images that get noise in blocks instead, where the specification asks for it"""
 Classify = Callable[[Tensor], Mapping[str, Tensor]]
 """images float32 [n, C, H, W] in [0, 1] -> LOGITS [n, classes] and PENULTIMATE [n, d], with gradients"""
 Loss = Callable[[Tensor, Tensor], Tensor]

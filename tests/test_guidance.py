@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from conftest import GUARD, REPOSITORY
@@ -12,7 +14,7 @@ from noisec.builders.networks import DENOISERS
 from noisec.builders.sources import fashion_mnist
 from noisec.builders.spec import AutoencoderSpec
 from noisec.builders.torchgraph import TorchGraph
-from noisec.builders.train import along_gradient, load_network, train_autoencoder
+from noisec.builders.train import along_gradient, in_blocks, load_network, train_autoencoder
 from noisec.contract import stage_model
 
 EPS = 0.1
@@ -52,6 +54,31 @@ def test_guided_training_brings_the_features_back_better_than_plain_training(cla
         with torch.no_grad():
             left[guidance] = float((classify(denoiser(moved))[contract.PENULTIMATE] - wanted).abs().mean())
     assert left[0.02] < left[0.0]
+
+
+def test_noise_in_blocks_has_one_size_an_image_and_is_constant_in_rectangles():
+    torch.manual_seed(0)
+    noise = in_blocks(torch.full((200, 3, 28, 32), 0.5), EPS) - 0.5
+    sizes = noise.abs().amax(dim=(1, 2, 3))
+    assert torch.allclose(noise.abs(), sizes[:, None, None, None].expand_as(noise), atol=1e-6)
+    assert sizes.max() <= EPS + 1e-6
+    assert sizes.std() > EPS / 5
+    changes = (noise.sign().diff(dim=2) != 0).any(dim=1).any(dim=2)
+    edges = [torch.nonzero(one).flatten().diff().tolist() for one in changes]
+    assert {math.gcd(*gaps) for gaps in edges if len(gaps) > 2} >= {1, 2, 4}, "edges lie a multiple of the rectangle's side apart"
+
+
+def test_training_with_blocks_takes_blocks_away(images, tmp_path):
+    torch.manual_seed(1)
+    coarse = in_blocks(images, 3 * EPS)
+    left = {}
+    for blocks in (0.0, 3 * EPS):
+        spec = AutoencoderSpec(network="unet-small", epochs=2, batch_size=16, learning_rate=4e-3, noise_sd=EPS / 2, blocks=blocks)
+        train_autoencoder(spec, fashion_mnist.load("t10k")[:1500], 0, tmp_path)
+        denoiser = load_network(DENOISERS["unet-small"](images.shape[1:]), tmp_path)
+        with torch.no_grad():
+            left[blocks] = float((denoiser(coarse) - images).square().mean())
+    assert left[3 * EPS] < 0.95 * left[0.0]
 
 
 def test_mixed_precision_learns_as_much(classify, images, tmp_path):
