@@ -60,8 +60,8 @@ class AuditSettings:
     ascents: int = 50
     """steps of that search"""
     threshold: float = 0.28
-    """score above which a classifier is called backdoored: what `calibrate` gave for clean small classifiers of two families, five
-    each, at a nominal false-alarm rate of 5 %; for others it has to be fitted again"""
+    """score against chance above which a classifier is called backdoored: what `calibrate` gives for clean small classifiers of three
+    families, five each, at a nominal false-alarm rate of 5 % (.274); for others it has to be fitted again"""
 
 
 class Balanced(nn.Module):
