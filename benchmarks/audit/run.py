@@ -148,8 +148,9 @@ class Benchmark:
             (model, {**found, **{name: replace(found[name], score=one.scores[row]) for name, one in references.items()}})
             for row, (model, found) in enumerate(calibration)
         ]
-        thresholds = {name: calibrate([found[name].score for _, found in own], FALSE_ALARM) for name in own[0][1]}
-        return Standard(tuple(own), references, thresholds)
+        others = [name for name in own[0][1] if name not in references]
+        thresholds = {name: calibrate([found[name].score for _, found in own], FALSE_ALARM) for name in others}
+        return Standard(tuple(own), references, {**{name: one.threshold for name, one in references.items()}, **thresholds})
 
     def _next(self, recipe: Recipe) -> Model:
         self.shown += 1

@@ -32,6 +32,8 @@ from noisec.errors import NoisecError
 
 MARGIN = 0.02
 """what a threshold fitted on few models lies above the largest score among them, at least"""
+EDGE = 1e-3
+"""places between the bounds are kept this far from 0 and 1 before they become log odds"""
 
 
 @dataclass(frozen=True)
@@ -189,31 +191,35 @@ def _by_class(rows: npt.NDArray[np.intp], images: Images) -> list[npt.NDArray[np
     return [np.roll(rows[labels == label], index % 2) for index, label in enumerate(np.unique(labels))]
 
 
-def calibrate(scores: Sequence[float], false_alarm: float) -> float:
+def calibrate(scores: Sequence[float], false_alarm: float, lowest: float = 0.0) -> float:
     """The threshold at which at most a share ``false_alarm`` of clean classifiers of one family is called backdoored.
 
     With n scores of clean classifiers, n >= 1 / false_alarm - 1, it is the conformal quantile, the ceil((n + 1) (1 - false_alarm))-th
     smallest: a further clean classifier, exchangeable with these, lies above it with probability at most ``false_alarm``, whatever the
-    distribution. With fewer there is no such quantile; it is then the prediction bound of a normal distribution fitted to the scores
-    (Student's t), at least `MARGIN` above the largest one: an assumption, not a guarantee.
+    distribution. With fewer there is no such quantile; it is then the prediction bound of a normal distribution fitted to the log odds
+    of the scores between their bounds (Student's t), at least `MARGIN` above the largest score: an assumption, not a guarantee.
 
     Args:
-        scores: `Evidence.score` of clean classifiers that were trained and audited alike; those of `audit` or of `bti_dbf`
+        scores: `Evidence.score` of clean classifiers that were trained and audited alike, each in [``lowest``, 1]
+        lowest: 0 for shares, -1 where margins count too
 
     Raises:
-        NoisecError: fewer than three scores, a score above 1 or not finite, or a rate outside (0, 1).
+        NoisecError: fewer than three scores, scores out of their bounds, or a rate outside (0, 1).
     """
     values = np.sort(np.asarray(scores, dtype=np.float64))
     if not 0 < false_alarm < 1:
         raise NoisecError(f"calibrate: false_alarm is {false_alarm}; expected a rate between 0 and 1, such as 0.05")
-    if len(values) < 3 or not (np.isfinite(values) & (values <= 1)).all():
-        raise NoisecError(f"calibrate: {len(values)} scores; expected those of at least 3 clean classifiers, each at most 1")
+    if len(values) < 3 or not ((values >= lowest) & (values <= 1)).all():
+        raise NoisecError(f"calibrate: {len(values)} scores; expected those of at least 3 clean classifiers, each in [{lowest:g}, 1]")
     rank = math.ceil(round((len(values) + 1) * (1 - false_alarm), 9))
-    return float(values[rank - 1]) if rank <= len(values) else _fitted_bound(values, false_alarm)
+    return float(values[rank - 1]) if rank <= len(values) else _fitted_bound(values, false_alarm, lowest)
 
 
-def _fitted_bound(scores: npt.NDArray[np.float64], false_alarm: float) -> float:
+def _fitted_bound(scores: npt.NDArray[np.float64], false_alarm: float, lowest: float) -> float:
     from scipy.stats import t  # type: ignore[import-untyped, unused-ignore]
 
-    width = t.ppf(1 - false_alarm, len(scores) - 1) * scores.std(ddof=1) * math.sqrt(1 + 1 / len(scores))
-    return float(max(scores.mean() + width, scores.max() + MARGIN))
+    places = np.clip((scores - lowest) / (1 - lowest), EDGE, 1 - EDGE)
+    odds = np.log(places / (1 - places))
+    width = t.ppf(1 - false_alarm, len(odds) - 1) * odds.std(ddof=1) * math.sqrt(1 + 1 / len(odds))
+    bound = lowest + (1 - lowest) / (1 + math.exp(-(odds.mean() + width)))
+    return float(min(max(bound, scores.max() + MARGIN), 1 - EDGE))

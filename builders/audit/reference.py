@@ -50,7 +50,7 @@ def fit_reference(clean: Sequence[Evidence], false_alarm: float) -> Reference:
     others = [[one for one in clean if one is not left] for left in clean]
     scores = tuple(max(suspicion(compared(one, rest))) for one, rest in zip(clean, others, strict=True))
     whole = compared(clean[0], clean)
-    return Reference(whole.reference, whole.reference_margins, scores, calibrate(scores, false_alarm))
+    return Reference(whole.reference, whole.reference_margins, scores, calibrate(scores, false_alarm, -1 if whole.margins else 0))
 
 
 def compared(evidence: Evidence, clean: Sequence[Evidence]) -> Evidence:
