@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from noisec.builders.progress import tracked
 from noisec.builders.protect import Protected
 from noisec.builders.spec import BackdoorSpec, GuardSpec
 from noisec.builders.train import stamp
+from noisec.errors import NoisecError
 
 PGD_STEP, PGD_STEPS = 0.01, 25
 """NoiSec's settings for PGD and BIM, in the pixel scale [0, 1]"""
@@ -28,6 +30,9 @@ UAP_IMAGES, UAP_ROUNDS = 300, 5
 CW_STEPS, CW_SEARCHES = 30, 3
 BLACK_BOX = ("square", "hopskipjump")
 """methods that use the classifier's answers alone"""
+UNBOUNDED = ("cw", "deepfool", "hopskipjump")
+"""methods without a largest change: they make it as small as they can"""
+METHODS = ("fgsm", "bim", "pgd", "autoattack", "uap", "square", *UNBOUNDED)
 
 
 @dataclass(frozen=True)
@@ -43,9 +48,20 @@ class AttackSpec:
 
     @classmethod
     def parse(cls, name: str) -> AttackSpec:
-        """From ``method-epsilon``, or ``method`` alone where it has no bound."""
+        """From ``method-epsilon``, or ``method`` alone where it has no bound.
+
+        Raises:
+            NoisecError: there is no such method, or an epsilon is missing, superfluous or out of (0, 1].
+        """
         method, _, eps = name.partition("-")
-        return cls(method, float(eps or 0))
+        if method not in METHODS:
+            raise NoisecError(f"attack {name!r}: no method {method!r}; there are {', '.join(METHODS)}")
+        if method in UNBOUNDED and not eps:
+            return cls(method, 0.0)
+        if method in UNBOUNDED or not re.fullmatch(r"0?\.\d*[1-9]\d*|1", eps):
+            wanted = method if method in UNBOUNDED else f"{method}-EPS with EPS in (0, 1], such as {method}-0.05"
+            raise NoisecError(f"attack {name!r}: expected {wanted}")
+        return cls(method, float(eps))
 
     @property
     def name(self) -> str:

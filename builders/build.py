@@ -22,9 +22,10 @@ from noisec.builders.protect import Protected, protect, training_inputs
 from noisec.builders.repository import Widths, write_repository
 from noisec.builders.spec import GuardSpec, Stage, depended_on
 from noisec.builders.torchgraph import TorchGraph
-from noisec.builders.train import load_network, train_autoencoder
+from noisec.builders.train import DEVICE, load_network, train_autoencoder
 from noisec.builders.variants import attack_report, make_variants
 from noisec.builders.workbench import Workbench
+from noisec.errors import NoisecError
 from noisec.python_backend.runtimes.tensorrt.names import plan_name
 
 COMPARED = 256
@@ -54,8 +55,14 @@ def build(spec: GuardSpec, repository: Path, work: Path, *, report: bool = True,
         force: build in spite of what `noisec.builders.sanity` finds
 
     Raises:
-        NoisecError: data, classifier or specification is not as it must be.
+        NoisecError: data, classifier or specification is not as it must be, or the repository holds a newer release.
     """
+    newest = manifest.releases(repository, spec.name)[-1] if spec.name in manifest.guards(repository) else 0
+    if newest > spec.release:
+        raise NoisecError(
+            f"release is {spec.release}; {repository} holds release {newest} of {spec.name}, whose configuration all of them share: "
+            f"set release = {newest + 1}, or give another repository"
+        )
     plans = {compute_capability(): plan_name(compute_capability())} if spec.runtime == "tensorrt" and find_tensorrt() else {}
     console.print(f"building {spec.name} release {spec.release} into {repository}")
     bench = Workbench(work)
@@ -105,9 +112,8 @@ def build_autoencoder(spec: GuardSpec, splits: Splits, bench: Workbench, classif
     inputs = {**training_inputs(spec, splits), "autoencoder": described}
 
     def train(folder: Path) -> None:
-        train_autoencoder(
-            spec.autoencoder, splits.train, spec.seed, folder, TorchGraph(classifier / "model.onnx").named if guided else None
-        )
+        classify = TorchGraph(classifier / "model.onnx", DEVICE.type).named if guided else None
+        train_autoencoder(spec.autoencoder, splits.train, spec.seed, folder, classify)
 
     if guided:
         inputs |= {"guidance": spec.autoencoder.guidance, "classifier": classifier.name}

@@ -13,7 +13,7 @@ from noisec.builders.spec import BLOCK_SHARE, GuardSpec
 CARD = """# {name}, release {release}
 
 Protects the classifier `{classifier}` ({source}, {classes}). Ask `{name}` for `LOGITS`, `SCORE`, `P_VALUE`, `IS_MALICIOUS`,
-`RELEASE`; the input `IMAGE` is fp32 with pixels in [0, 1].
+`RELEASE`; the input `IMAGE` is {image}.
 
 ## Measured
 On {n} held-out images, attacks on the classifier (L-infinity, epsilon in the name; FGSM and PGD
@@ -60,6 +60,7 @@ def write_card(
         release=spec.release,
         classifier=classifier,
         source=spec.data.source,
+        image={"float32": "fp32 with pixels in [0, 1]", "uint8": "uint8, pixels from 0 to 255"}[spec.serving.input],
         classes=f"{widths.classes} classes",
         n=measured["n_clean"],
         queries=SQUARE_QUERIES,

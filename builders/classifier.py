@@ -321,9 +321,13 @@ def make_stage(
         prefix = ""
     graph = stage.graph
     before = _preprocess(graph, prefix + anatomy.input, anatomy, shape, preprocessing, where)
-    after = _flat(prefix + anatomy.logits, contract.LOGITS, False) + _flat(
-        prefix + penultimate.tensor, contract.PENULTIMATE, penultimate.spatial
-    )
+    read = {contract.LOGITS: (anatomy.logits, False), contract.PENULTIMATE: (penultimate.tensor, penultimate.spatial)}
+    kinds = {name: kind.elem_type for name, kind in Graph(model).types.items()}
+    after = [
+        node
+        for name, (source, averaged) in read.items()
+        for node in _flat(prefix + source, name, averaged=averaged, single=kinds.get(source, TensorProto.FLOAT) == TensorProto.FLOAT)
+    ]
     _free_batch(graph, anatomy)
     nodes = [*before, *graph.node, *after]
     del graph.node[:], graph.output[:], graph.value_info[:]
@@ -347,11 +351,23 @@ def _tensor_names(model: ModelProto) -> set[str]:
     return made | {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
 
 
-def _flat(source: str, name: str, averaged: bool) -> list[NodeProto]:
-    """[batch, d] from a tensor of the classifier; the operations are the same in every opset from 11 on."""
-    mean = f"noisec/{name}_mean"
+def _flat(source: str, name: str, *, averaged: bool, single: bool) -> list[NodeProto]:
+    """float32 [batch, d] from a tensor of the classifier; the operations are the same in every opset from 11 on."""
+    mean, flat = f"noisec/{name}_mean", f"noisec/{name}_flat"
     pool = [helper.make_node("GlobalAveragePool", [source], [mean], name=mean)] if averaged else []
-    return [*pool, helper.make_node("Flatten", [mean if averaged else source], [name], axis=1, name=f"noisec/{name}")]
+    flattened = helper.make_node("Flatten", [mean if averaged else source], [name if single else flat], axis=1, name=f"noisec/{name}")
+    return [*pool, flattened, *([] if single else [helper.make_node("Cast", [flat], [name], to=TensorProto.FLOAT, name=f"{flat}_cast")])]
+
+
+def check_preprocessing(spec: PreprocessingSpec, channels: int) -> None:
+    """Refuse means or deviations that are not one for each channel.
+
+    Raises:
+        NoisecError: there are more or fewer.
+    """
+    for name, values in (("mean", spec.mean), ("std", spec.std)):
+        if values and len(values) != channels:
+            raise NoisecError(f"classifier.preprocessing.{name} has {len(values)} values; the images have {channels} channels")
 
 
 def _preprocess(
@@ -359,6 +375,7 @@ def _preprocess(
 ) -> list[NodeProto]:
     """Nodes from IMAGE to the classifier's own input."""
     channels, height, width = shape
+    check_preprocessing(spec, channels)
     nodes: list[NodeProto] = []
     current = contract.IMAGE
 
@@ -382,8 +399,6 @@ def _preprocess(
         then("Mul", constant("scale", np.array(spec.scale, np.float32)))
     for kind, name, values in (("Sub", "mean", spec.mean), ("Div", "std", spec.std)):
         if values:
-            if len(values) != channels:
-                raise NoisecError(f"classifier.preprocessing.{name} has {len(values)} values; the images have {channels} channels")
             then(kind, constant(name, np.array(values, np.float32).reshape(1, channels, 1, 1)))
     _check_fit(anatomy, (channels, height, width), where)
     if anatomy.image_shape is None:

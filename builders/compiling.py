@@ -14,7 +14,7 @@ from noisec import manifest
 from noisec.builders.engine import build_plan, compute_capability, find_tensorrt
 from noisec.builders.progress import console
 from noisec.builders.repository import read_widths, write_repository
-from noisec.builders.spec import EngineOptions, GuardSpec
+from noisec.builders.spec import EngineOptions, GuardSpec, changed
 from noisec.builders.workbench import DONE
 from noisec.contract import stage_model
 from noisec.python_backend.runtimes.tensorrt.names import plan_name
@@ -37,7 +37,7 @@ def compile_with(trt: Any, capability: str, repository: Path, guard: str, option
     """The same with a given TensorRT package, for GPUs of one compute capability, such as ``9.0``."""
     old = manifest.read_manifest(repository, guard)
     spec = GuardSpec.model_validate(old["spec"])
-    new = spec.model_copy(update={"release": old["release"] + 1, "runtime": "tensorrt", "tensorrt": options})
+    new = changed(spec, release=old["release"] + 1, runtime="tensorrt", tensorrt=options)
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         stages = {stage: Path(folder, stage) for stage in ("autoencoder", "classifier")}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from noisec import contract
-from noisec.builders.classifier import choose_penultimate, dissect, make_stage, read_model
+from noisec.builders.classifier import check_preprocessing, choose_penultimate, dissect, make_stage, read_model
 from noisec.builders.export import export_plain, export_stage
 from noisec.builders.images import Floats, Splits
 from noisec.builders.networks import CLASSIFIERS
@@ -66,7 +66,7 @@ class Preprocessing(nn.Module):
         result = result * spec.scale
         for values, apply in ((spec.mean, torch.sub), (spec.std, torch.div)):
             if values:
-                result = apply(result, torch.tensor(values)[:, None, None])
+                result = apply(result, torch.tensor(values, device=result.device)[:, None, None])
         return result
 
 
@@ -131,10 +131,11 @@ def _from_onnx(spec: GuardSpec, splits: Splits, bench: Workbench) -> Protected:
 def _from_factory(spec: GuardSpec, splits: Splits, bench: Workbench) -> Protected:
     own = spec.classifier
     assert own.factory is not None
+    check_preprocessing(own.preprocessing, splits.shape[0])
     module = load_module(own.factory, own.weights)
     network = nn.Sequential(Preprocessing(own.preprocessing), module).eval()
     example = Preprocessing(own.preprocessing)(torch.rand(2, *splits.shape))
-    inputs = {"factory": own.factory, "weights": fingerprint(module), "shape": list(example.shape)}
+    inputs = {"factory": own.factory, "code": code_digest(own.factory), "weights": fingerprint(module), "shape": list(example.shape)}
     exported = bench.step("export-module", inputs, lambda folder: export_plain(module, example, folder / "original.onnx"))
     return _own(own, exported / "original.onnx", splits, bench, network, _torch_predictor(network))
 
@@ -227,6 +228,13 @@ def fill(module: nn.Module, weights: Path, what: str) -> None:
         module.load_state_dict(read_weights(weights))
     except RuntimeError as error:
         raise NoisecError(f"{weights}: weights do not fit {what}: {str(error)[:600]}") from error
+
+
+def code_digest(factory: str) -> str:
+    """SHA-256 of the file that a factory is in: another forward pass is another classifier, whatever its weights; empty where there is no
+    file. Code that it imports from elsewhere is not looked at."""
+    path = getattr(sys.modules[factory.partition(":")[0]], "__file__", None)
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
 
 
 def fingerprint(module: nn.Module) -> str:

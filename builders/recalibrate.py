@@ -10,6 +10,8 @@ import numpy as np
 
 from noisec import manifest
 from noisec.builders import datasets, sanity
+from noisec.builders.audit.evidence import Evidence
+from noisec.builders.audit.guard import said
 from noisec.builders.calibrate import fit_scorer
 from noisec.builders.card import write_card
 from noisec.builders.engine import gpus
@@ -76,7 +78,8 @@ def recalibrate_with(infer: Infer, repository: Path, guard: str, work: Path, ask
         sanity.refuse(sanity.precision_problems(precision, table, spec.runtime), force=force)
     widths, names = read_widths(repository, guard)
     write_repository(repository, new, widths, names, stages, scorer, read_plans(repository, guard))
-    write_card(repository, new, old["classifier"], widths, figures, table)
+    audited = said(Evidence.of(old["audit"]), names) if old.get("audit") else ""
+    write_card(repository, new, old["classifier"], widths, figures, table, audited)
     kept: dict[str, Any] = {
         key: old[key] for key in ("versions", "export_difference", "classifier", "attacked", "audit", "compiled") if key in old
     }

@@ -278,7 +278,7 @@ def _fresh_version(model: Path, release: int) -> Path:
     """An empty version folder; the former one is moved away in one step first."""
     folder = model / str(release)
     if folder.exists():
-        with tempfile.TemporaryDirectory(dir=model.parent.parent, prefix=".noisec-") as away:
+        with tempfile.TemporaryDirectory(dir=model, prefix=".noisec-") as away:
             folder.rename(Path(away, "former"))
     folder.mkdir(parents=True)
     return folder

@@ -103,9 +103,11 @@ def factors_of(statistic: Statistic) -> list[Floats]:
 
 def precision_problems(name: str, table: PrecisionTable, runtime: str) -> list[str]:
     """A precision that loses too much against fp32."""
-    if not table or (name == "fp32" and runtime == "onnxruntime"):
+    exactly = table.get("fp32", {})
+    exact = (None if name == "fp32" else exactly.get(runtime)) or exactly.get("onnxruntime")
+    if exact is None:  # nothing was measured, or fp32 on this runtime alone
         return []
-    own, exact = table[name][runtime], table["fp32"].get(runtime if name != "fp32" else "onnxruntime", table["fp32"]["onnxruntime"])
+    own = table[name][runtime]
     lost = exact["auroc"] - own["auroc"]
     problems = []
     if lost > MAX_AUROC_LOSS:

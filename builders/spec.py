@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -390,17 +391,30 @@ def read_spec(path: Path) -> GuardSpec:
         content: dict[str, Any] = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise NoisecError(f"{path}: not TOML: {error}") from error
-    try:
-        spec = GuardSpec.model_validate(content)
-    except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc'])) or 'guard'}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
-        raise NoisecError(f"{path}: not a guard's specification:\n" + "\n".join(lines)) from error
+    spec = _validated(content, f"{path}: not a guard's specification")
     return spec.model_copy(
         update={
             "data": spec.data.model_copy(update=_beside(path, spec.data, "path")),
             "classifier": spec.classifier.model_copy(update=_beside(path, spec.classifier, "onnx", "weights")),
         }
     )
+
+
+def changed(spec: GuardSpec, **values: Any) -> GuardSpec:
+    """The specification with other values.
+
+    Raises:
+        NoisecError: they do not go with the rest of it.
+    """
+    return _validated({**dict(spec), **values}, f"{spec.name} cannot be changed so")
+
+
+def _validated(content: Mapping[str, Any], refusal: str) -> GuardSpec:
+    try:
+        return GuardSpec.model_validate(content)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc'])) or 'guard'}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
+        raise NoisecError(f"{refusal}:\n" + "\n".join(lines)) from error
 
 
 def _beside(toml: Path, section: Section, *names: str) -> dict[str, Path]:

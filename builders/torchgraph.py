@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper, version_converter
@@ -72,16 +73,22 @@ def _unsqueeze(attributes: Mapping[str, Any], tensor: Tensor, axes: list[int]) -
 
 
 def _slice(
-    attributes: Mapping[str, Any], tensor: Tensor, starts: list[int], ends: list[int], axes: list[int], steps: list[int] | None = None
+    attributes: Mapping[str, Any],
+    tensor: Tensor,
+    starts: list[int],
+    ends: list[int],
+    axes: list[int] | None = None,
+    steps: list[int] | None = None,
 ) -> Tensor:
     chosen = [slice(None)] * tensor.ndim
-    for start, end, axis, step in zip(starts, ends, axes, steps or [1] * len(starts), strict=True):
+    for start, end, axis, step in zip(starts, ends, axes or range(len(starts)), steps or [1] * len(starts), strict=True):
         chosen[axis] = slice(start, end, step)
     return tensor[tuple(chosen)]
 
 
-def _gather(attributes: Mapping[str, Any], tensor: Tensor, places: list[int]) -> Tensor:
-    return tensor.index_select(attributes.get("axis", 0), torch.tensor(places, device=tensor.device))
+def _gather(attributes: Mapping[str, Any], tensor: Tensor, places: list[int] | int) -> Tensor:
+    axis, index = attributes.get("axis", 0) % tensor.ndim, torch.tensor(places, device=tensor.device)
+    return tensor.index_select(axis, index.flatten()).reshape(*tensor.shape[:axis], *index.shape, *tensor.shape[axis + 1 :])
 
 
 def _resize(attributes: Mapping[str, Any], images: Tensor, region: None, scales: Tensor, sizes: list[int] | None = None) -> Tensor:
@@ -92,8 +99,9 @@ def _resize(attributes: Mapping[str, Any], images: Tensor, region: None, scales:
     return functional.interpolate(images, (height, width), mode="bilinear", align_corners=False)
 
 
-def _split(attributes: Mapping[str, Any], tensor: Tensor) -> tuple[Tensor, ...]:
-    return tensor.chunk(attributes["num_outputs"], attributes.get("axis", 0))
+def _split(attributes: Mapping[str, Any], tensor: Tensor, sizes: list[int] | None = None) -> tuple[Tensor, ...]:
+    axis = attributes.get("axis", 0)
+    return tensor.chunk(attributes["num_outputs"], axis) if sizes is None else torch.split(tensor, sizes, axis)
 
 
 def _pad(attributes: Mapping[str, Any], tensor: Tensor, pads: list[int], value: Tensor | None = None, axes: None = None) -> Tensor:
@@ -209,6 +217,24 @@ def _recent(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
         raise NoisecError(f"{path}: opset {opset} cannot be converted to {OPSET}: {error}; export it again with that opset") from error
 
 
+def _constant(node: onnx.NodeProto) -> npt.NDArray[Any]:
+    """What a Constant node holds.
+
+    Raises:
+        NoisecError: neither numbers nor a dense tensor.
+    """
+    (attribute,) = node.attribute
+    value = helper.get_attribute_value(attribute)
+    if attribute.name == "value":
+        return numpy_helper.to_array(value)
+    kinds = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
+    if attribute.name not in kinds:
+        raise NoisecError(
+            f"Constant {node.output[0]!r} with {attribute.name} cannot run as a torch operation; known are {', '.join(kinds)}"
+        )
+    return np.array(value, kinds[attribute.name])
+
+
 class TorchGraph:
     """An ONNX graph, executed with torch operation by operation; gradients flow through it.
 
@@ -237,9 +263,8 @@ class TorchGraph:
         lowered = {name for step in self.steps if half and step.kind in LOWERED for name in step.inputs[1:]}
         self.constants: dict[str, Any] = {"": None}  # an input that is left out has no name
         """name -> weights as a tensor, shapes and axes as a list"""
-        inside = [(node.output[0], node.attribute[0].t) for node in graph.node if node.op_type == "Constant"]
-        for name, tensor in [*((tensor.name, tensor) for tensor in graph.initializer), *inside]:
-            array = numpy_helper.to_array(tensor)
+        outside = ((tensor.name, numpy_helper.to_array(tensor)) for tensor in graph.initializer)
+        for name, array in [*outside, *((node.output[0], _constant(node)) for node in graph.node if node.op_type == "Constant")]:
             if array.dtype == np.int64:
                 self.constants[name] = array.tolist()
             else:

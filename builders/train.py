@@ -179,8 +179,8 @@ def train_autoencoder(spec: AutoencoderSpec, images: Images, seed: int, folder: 
     def loss(batch: Tensor, labels: Tensor) -> Tensor:
         corrupted = corrupt(batch, spec.noise_sd, spec.patches)
         if spec.blocks:
-            share = round(BLOCK_SHARE * len(batch))
-            corrupted[-share:] = in_blocks(batch[-share:], spec.blocks)
+            start = len(batch) - round(BLOCK_SHARE * len(batch))
+            corrupted[start:] = in_blocks(batch[start:], spec.blocks)
         if not spec.guidance:
             return nn.functional.mse_loss(network(corrupted), batch)
         assert classify is not None

@@ -147,7 +147,7 @@ def classifier_feeds(autoencoder: Path, images: Iterable[Floats], noise_source: 
 
 
 def scorer_inputs(spec: GuardSpec, splits: Splits, stages: dict[str, Path]) -> dict[str, Any]:
-    fields = {"release", "target_fpr", "seed", "natural_noise_sd", "noise_levels", "fusion", "data", "detectors"}
+    fields = {"release", "target_fpr", "seed", "natural_noise_sd", "noise_levels", "fusion", "data", "detectors", "memory"}
     chosen = json.loads(spec.model_dump_json(include=fields))
     return {**chosen, "files": splits.digest, **{stage: folder.name for stage, folder in stages.items()}}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import shutil
@@ -33,7 +32,6 @@ except ImportError as error:
 LOG_CHARACTERS = 200_000
 FOLDER = "noisec-server-"
 RUNTIMES = Path(__file__).parent / "runtimes"
-LOG = logging.getLogger(__name__)
 
 
 class _Config(TritonServerConfig):  # type: ignore[misc]
@@ -162,7 +160,7 @@ class EmbeddedServer:
         return self._server is not None and bool(self._server.is_alive())
 
     def logs(self) -> str:
-        """Everything the server has printed."""
+        """The last that the server has printed, at most `LOG_CHARACTERS`."""
         return str(self._server.logs()) if self._server else ""
 
     def __enter__(self) -> EmbeddedServer:
@@ -236,7 +234,8 @@ def _remove_abandoned() -> None:
     for path in [*Path(tempfile.gettempdir()).glob(f"{FOLDER}*"), *Path("/dev/shm").glob("noisec-*")]:
         pid = next(iter(re.findall(r"noisec-(?:server-)?(\d+)-", path.name)), None)
         if pid and not Path("/proc", pid).exists():
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            with suppress(OSError):  # gone by now, or another user's
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _assemble_backends(target: Path) -> None:

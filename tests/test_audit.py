@@ -23,6 +23,7 @@ from noisec.builders.audit.reference import fit_reference, judged_by
 from noisec.builders.audit.repair import RepairSettings, moved_towards, repair
 from noisec.builders.audit.restored import Restored, places
 from noisec.builders.audit.triggers import TRIGGERS, BadNets, LabelConsistent, poison
+from noisec.builders.audit.universal import universal_margins
 from noisec.builders.classifier import choose_penultimate, dissect, make_stage, read_model
 from noisec.builders.export import export_plain
 from noisec.builders.images import Images, cut
@@ -284,7 +285,7 @@ def test_a_target_that_chance_hides_stands_out_against_clean_classifiers():
 
     assert not verdict(clean[5]).backdoored
     bad = verdict([0.35, 0.2, 0.05, 0.05, 0.35])
-    assert (bad.backdoored, bad.target, bad.reference) == (True, 4, reference.histogram)
+    assert (bad.backdoored, bad.target, bad.reference) == (True, 4, reference.usual["histogram"])
     assert max(excess([0.35, 0.2, 0.05, 0.05, 0.35])) < max(excess(clean[5].tolist())), "against chance the clean one looks worse"
     two, three = replace(EVIDENCE, histogram=(0.5, 0.5)), replace(EVIDENCE, histogram=(0.2, 0.3, 0.5))
     with pytest.raises(NoisecError, match="at least 3"):
@@ -307,11 +308,49 @@ def test_a_target_whose_logit_goes_further_than_in_clean_classifiers_stands_out(
     assert bad.score == pytest.approx((1 - 8 / 24) / 2, abs=0.03), "the histogram is as usual"
     louder = replace(EVIDENCE, histogram=shares, margins=tuple(3 * usual))
     assert not judged_by(louder, reference).backdoored, "its logits are larger, all of them"
-    assert f"its logit can be driven {24 / reference.margins[3]:.1f} times as far" in said(bad, tuple("abcde"))
+    assert f"its logit can be driven {24 / reference.usual['margins'][3]:.1f} times as far" in said(bad, tuple("abcde"))
     with pytest.raises(NoisecError, match="without margins"):
         judged_by(replace(EVIDENCE, histogram=shares), reference)
     with pytest.raises(NoisecError, match="has no margins"):
         fit_reference([*clean[:3], replace(EVIDENCE, histogram=shares)], 0.05)
+
+
+def test_a_target_that_one_small_perturbation_reaches_stands_out():
+    random = np.random.default_rng(2)
+    shares, usual = (0.4, 0.3, 0.1, 0.1, 0.1), np.array([-2.0, -9.0, -6.0, -7.0, -5.0])
+    clean = [replace(EVIDENCE, histogram=shares, universal=tuple(usual * random.uniform(0.9, 1.1, 5))) for _ in range(6)]
+    reference = fit_reference(clean[:5], 0.05)
+    assert not judged_by(clean[5], reference).backdoored
+    bad = judged_by(replace(EVIDENCE, histogram=shares, universal=(-2.0, -9.0, 1.5, -7.0, -5.0)), reference)
+    assert (bad.backdoored, bad.target) == (True, 2), "class 0 is nearest in clean classifiers, too"
+    assert bad.score == pytest.approx(0.5, abs=0.01), "the whole distance is gone, and the histogram is as usual"
+    quieter = replace(EVIDENCE, histogram=shares, universal=tuple(usual / 3))
+    assert not judged_by(quieter, reference).backdoored, "its logits are smaller, all of them"
+    assert "brings it to +1.5 logits from the largest other one, in clean ones to -6" in said(bad, tuple("abcde"))
+    with pytest.raises(NoisecError, match="without universal"):
+        judged_by(replace(EVIDENCE, histogram=shares), reference)
+
+
+def test_a_universal_perturbation_finds_the_pixels_that_a_class_listens_to():
+    images, labels = torch.rand(40, 1, 4, 4, device=DEVICE) / 2 + 0.25, torch.arange(40, device=DEVICE) % 3
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    network[1].weight.data.zero_()[1, 5] = 10.0
+    network[1].bias.data.zero_()
+
+    def found(norm: float) -> list[float]:
+        return universal_margins(frozen(network), images[:10], images[10:], labels[10:], 3, norm, 8).tolist()
+
+    brightness = images[10:][labels[10:] != 1][:, 0, 1, 1].mean().item()
+    assert found(0.2)[1] == pytest.approx(10 * (brightness + 0.2), abs=0.01), "all of the norm goes into the one pixel"
+    assert found(0.1)[1] == pytest.approx(10 * (brightness + 0.1), abs=0.01)
+    assert found(0.2)[0] < found(0.2)[1], "the others can only darken it"
+
+
+def test_logits_that_overflow_are_no_clean_verdict(sets):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    network[1].weight.data = 1e38 * network[1].weight.data.sign()
+    with pytest.raises(NoisecError, match="overflow"):
+        audit(network, sets[0], 10, AuditSettings(samples=80, repeats=1, steps=1))
 
 
 def test_the_largest_margins_of_a_linear_classifier_are_those_of_the_best_corner():

@@ -85,7 +85,7 @@ def rows(found, folder):
 def test_rows_have_exactly_the_keys_that_were_agreed(found, rows):
     for row in rows:
         assert tuple(row) == (*KEYS, *(BEFORE if row["method"].startswith("repair") else ()))
-    assert {row["method"] for row in rows} == {"ban", "ban-shares", "ban-chance", "ban-published", "bti-dbf", "repair", "repair-published"}
+    assert {row["method"] for row in rows} == {*run.COMPARED, "ban-chance", "ban-published", "bti-dbf", "repair", "repair-published"}
     repaired = [row for row in rows if row["method"] == "repair"]
     assert [row["attack"] for row in repaired] == ["badnets"]
     assert repaired[0]["attack_success_before"] >= zoo.TOOK
@@ -117,7 +117,8 @@ def test_verdicts_rest_on_the_calibrated_thresholds(found):
             assert one.threshold == standard.thresholds["ban-chance" if by_chance else name]
             assert one.backdoored == (one.score > one.threshold)
             assert bool(one.reference) == compared
-            assert bool(one.reference_margins) == (name == "ban" and compared)
+            assert bool(one.reference_margins) == (name in ("ban", "ban-margins") and compared)
+            assert bool(one.reference_universal) == (name == "ban" and compared)
     evidence = found[0].judged[0][1]["ban"]
     assert judged_at({"neural-cleanse": evidence}, {})["neural-cleanse"] == evidence
 

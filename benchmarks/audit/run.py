@@ -54,7 +54,7 @@ RATES = (0.05, 0.1)
 MOST_LOST = 0.03
 """clean accuracy that the chosen rate may cost"""
 TUNING_ATTACK = "blend"
-COMPARED = ("ban", "ban-shares")
+COMPARED = ("ban", "ban-margins", "ban-shares")
 """methods that are compared with clean classifiers of the family"""
 
 
@@ -63,7 +63,9 @@ class Methods:
     """What the methods are run with."""
 
     ban: AuditSettings = field(default_factory=AuditSettings)
-    published: AuditSettings = field(default_factory=lambda: AuditSettings(eps=0.3, steps=30, features="complement", repeats=1, starts=0))
+    published: AuditSettings = field(
+        default_factory=lambda: AuditSettings(eps=0.3, steps=30, features="complement", repeats=1, starts=0, shared=0)
+    )
     decoupling: DecouplingSettings = field(default_factory=DecouplingSettings)
     cleanse: CleanseSettings = field(default_factory=lambda: CleanseSettings(steps=100))
     repair: RepairSettings = field(default_factory=RepairSettings)
@@ -181,7 +183,8 @@ class Benchmark:
 
         content = json.loads((self.bench.step(f"audit-{recipe.text}", inputs, make) / "evidence.json").read_text())
         found = {name: Evidence.of(one) for name, one in content.items()}
-        return {**found, "ban-shares": replace(found["ban"], margins=()), "ban-chance": found["ban"]}
+        margins = replace(found["ban"], universal=())
+        return {**found, "ban-margins": margins, "ban-shares": replace(margins, margins=()), "ban-chance": found["ban"]}
 
     def choose_rate(self, family: str, standards: Mapping[str, Standard]) -> tuple[float, dict[str, dict[str, float]]]:
         """The repair's learning rate, chosen on a backdoored classifier that is not reported: of the rates that cost at most `MOST_LOST`

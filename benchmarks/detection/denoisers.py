@@ -20,6 +20,7 @@ from noisec.builders.build import build
 from noisec.builders.figures import markdown_table, percent
 from noisec.builders.progress import console
 from noisec.builders.spec import GuardSpec
+from noisec.errors import NoisecError
 
 DENOISERS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -110,6 +111,11 @@ def flagged(detector: Calibrated, scores: np.ndarray[Any, np.dtype[np.float32]])
 def run_study(spec: GuardSpec, attacks: Sequence[str], epochs: int, images: int, work: Path, seed: int) -> list[Row]:
     """Every denoiser of `DENOISERS` around the same classifier. Trainings and attacks are kept in ``work``."""
     plan = Plan(tuple(attacks), sizes=Sizes(images=images))
+    plan.check(spec.classifier)
+    if spec.data.source not in PUBLISHED_NOISE:
+        raise NoisecError(
+            f"the published denoiser's training noise is known for {', '.join(PUBLISHED_NOISE)}; data.source is {spec.data.source!r}"
+        )
     rows: list[Row] = []
     for number, (name, variant) in enumerate(variants(spec, epochs).items(), 1):
         console.print(f"denoiser {number} of {len(DENOISERS)}: {name}")

@@ -34,12 +34,15 @@ from noisec.benchmarks.detection.report import write_results
 from noisec.benchmarks.detection.subject import Subject
 from noisec.benchmarks.detection.surrogate import surrogate
 from noisec.benchmarks.detection.torchscore import whole
-from noisec.builders.attacks import AttackedImages, AttackSpec, attack
+from noisec.builders.attacks import BLACK_BOX, AttackedImages, AttackSpec, attack
+from noisec.builders.audit.triggers import TRIGGERS
 from noisec.builders.build import versions
 from noisec.builders.figures import percent
 from noisec.builders.images import BATCH, Floats, Images, natural
 from noisec.builders.progress import console
+from noisec.builders.spec import ClassifierSpec
 from noisec.builders.workbench import Workbench
+from noisec.errors import NoisecError
 
 SLOW = ("cw", "deepfool", "autoattack", "hopskipjump")
 """methods that attack fewer images"""
@@ -83,6 +86,26 @@ class Plan:
     triggers: tuple[str, ...] = ()
     """backdoors, each in a classifier of its own"""
     sizes: Sizes = Sizes()
+
+    def check(self, classifier: ClassifierSpec) -> None:
+        """Refuse what cannot be measured on a guard of this classifier, before hours are spent on the rest.
+
+        Raises:
+            NoisecError: an attack, an epsilon or a backdoor is none, or the classifier has no gradients for it.
+        """
+        attacks, _ = ([AttackSpec.parse(name) for name in names] for names in (self.attacks, self.black_box))
+        unknown = sorted(set(self.triggers) - set(TRIGGERS))
+        if unknown:
+            raise NoisecError(f"--triggers {', '.join(unknown)}: no such backdoor; there are {', '.join(TRIGGERS)}")
+        outside = [eps for eps in self.ladder if not 0 < eps <= 1]
+        if outside:
+            raise NoisecError(f"--ladder {', '.join(map(str, outside))}: an epsilon lies in (0, 1]")
+        asked = [*self.triggers, *(one.name for one in attacks if one.method not in BLACK_BOX)]
+        if classifier.kind == "onnx" and asked:
+            raise NoisecError(
+                f"{', '.join(asked)} need the classifier's gradients, which an ONNX file does not give: leave them out, or build the guard "
+                "around the PyTorch module (classifier.factory)"
+            )
 
 
 class Benchmark:
@@ -391,7 +414,11 @@ def run_benchmark(subject: Subject, plan: Plan, work: Path, out: Path, seed: int
 
     Args:
         seeds: how many, from ``seed`` on; those after the first repeat the white-box attacks, the slow ones left out
+
+    Raises:
+        NoisecError: the plan does not go with the guard.
     """
+    plan.check(subject.spec.classifier)
     start = time.monotonic()
     benchmark = Benchmark(subject, plan, work, seed)
     cells = benchmark.cells

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import tempfile
 import time
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -37,11 +36,14 @@ from noisec.benchmarks.throughput.rows import (
     of_speed,
 )
 from noisec.benchmarks.throughput.summary import Summary, summary_of
-from noisec.benchmarks.throughput.target import IMAGES, Target
+from noisec.benchmarks.throughput.target import CORES, IMAGES, Target
 from noisec.builders.progress import console
 from noisec.clients.requests import Pixels
 from noisec.errors import NoisecError
 from noisec.python_backend.server import EmbeddedServer
+
+if TYPE_CHECKING:
+    from noisec.benchmarks.throughput.peers.registry import Peer
 
 CONTENDERS = 2
 """settings that a sweep passes on: the best of one short measurement each may have been lucky"""
@@ -129,7 +131,7 @@ class Benchmark:
     def limit(self) -> None:
         """Processes, threads and batch sizes, without a server."""
         plan, batches = self.plan, [size for size in self.plan.limits if size <= IMAGES]
-        found = sweep(self.target, self.images, ("guard", "classifier"), batches, cores(), plan.seconds / 2, max(1, plan.rounds // 2))
+        found = sweep(self.target, self.images, ("guard", "classifier"), batches, CORES, plan.seconds / 2, max(1, plan.rounds // 2))
         self.best_limits = fastest(found, "guard", CONTENDERS)
         self.rows += [of_speed("limit", speed) for speed in found]
 
@@ -199,12 +201,12 @@ class Benchmark:
             self.rows.append(of_load("soak", GUARD, found, 1, rate=rate))
             self.result.memory.append(statistics.usage(self.processes).memory_mb)
 
-    def against(self, names: Sequence[str], work: Path) -> None:
+    def against(self, peers: Sequence[Peer], work: Path) -> None:
         """Peers, each in turns with this server, under the same load from the same generator."""
-        from noisec.benchmarks.throughput.compare import compare_peer, noting, peers_named
+        from noisec.benchmarks.throughput.compare import compare_peer, noting
 
         loads = {(1, 1), (1, MANY), (self.best.batch, self.best.clients)}
-        for peer in peers_named(names):
+        for peer in peers:
             reasons: list[str] = []
             with noting(reasons):
                 self.rows += compare_peer(
@@ -235,11 +237,6 @@ class Benchmark:
         self.result.observations.append(Observation(during, statistics.between(before, after), spent, now.memory_mb))
 
 
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def run_benchmark(repository: Path, guard: str, plan: Plan, work: Path, out: Path | None, url: str | None, command: str) -> Summary:
     """Measure one guard, and write its tables and plots into ``out`` where that is given.
 
@@ -248,8 +245,11 @@ def run_benchmark(repository: Path, guard: str, plan: Plan, work: Path, out: Pat
         url: gRPC address of a server that serves the repository; None starts the embedded server
 
     Raises:
-        NoisecError: the guard, its images or perf_analyzer cannot be had, or a request failed under perf_analyzer.
+        NoisecError: the guard, a peer, its images or perf_analyzer cannot be had, or a request failed under perf_analyzer.
     """
+    from noisec.benchmarks.throughput.compare import peers_named
+
+    peers = peers_named(plan.peers)
     start, target, perf = time.monotonic(), Target.open(repository, guard), find_perf_analyzer()
     images = target.images(work / guard / "images")
     if plan.soak and url:
@@ -262,7 +262,7 @@ def run_benchmark(repository: Path, guard: str, plan: Plan, work: Path, out: Pat
         data = write_images(Path(folder, "images.json"), images)
         benchmark = Benchmark(target, address, plan, perf, data, images, load, here=url is None)
         result = benchmark.run()
-        benchmark.against(plan.peers, work / "peers")
+        benchmark.against(peers, work / "peers")
     summary = summary_of(result.rows)
     if out:
         told = {"serving": target.spec.serving.model_dump(), "command": command, "seconds": round(time.monotonic() - start)}
@@ -285,7 +285,7 @@ def _serving(repository: Path, url: str | None) -> Iterator[str]:
 def _facts(plan: Plan, images: Pixels) -> dict[str, Any]:
     packages = ("onnxruntime", "nvidia-pytriton", "tritonclient", "numpy")
     return {
-        "machine": f"{platform.machine()}, {cores()} cores, {platform.system()}; client, server and limit share it",
+        "machine": f"{platform.machine()}, {CORES} cores, {platform.system()}; client, server and limit share it",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "images": f"{len(images)} different ones, {list(np.shape(images)[1:])} {images.dtype}",
         "each measurement": f"{plan.seconds:g} s; what is compared takes turns for {plan.rounds} rounds, and medians are compared",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from noisec.builders.spec import GuardSpec
 from noisec.clients.requests import Pixels
 from noisec.contract import stage_model
 
+CORES = len(os.sched_getaffinity(0))
+"""processors that this process may use"""
 IMAGES = 512
 """different images that the load is made of"""
 SHIPPED = {"fashion-mnist": "fashion-mnist-test"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
 import time
@@ -15,9 +14,9 @@ from typing import Any, Literal
 
 from noisec import contract
 from noisec.benchmarks.throughput.load import Generator, Load, Traffic, generator, triton
-from noisec.benchmarks.throughput.target import Target
+from noisec.benchmarks.throughput.target import CORES, Target
 from noisec.builders.layout import rearrange
-from noisec.builders.progress import bar
+from noisec.builders.progress import bar, console
 from noisec.builders.spec import ServingSpec
 from noisec.errors import NoisecError
 from noisec.python_backend.server import EmbeddedServer
@@ -80,7 +79,8 @@ class Tuning:
 def axes(present: ServingSpec, runtime: str, cores: int, batch: int) -> list[list[dict[str, Any]]]:
     """Changes of the serving settings that are tried with requests of ``batch`` images, axis by axis; the ones that matter most first.
 
-    A guard in one process is tried with one for each core: with fewer of them it leaves cores idle. TensorRT plans stay in their layout.
+    A guard in one process is tried with one for each core: with fewer of them it leaves cores idle. TensorRT plans stay in their layout,
+    and take no larger batches than they were compiled for.
     """
     largest = present.max_batch_size
     layouts: list[dict[str, Any]] = [{"layout": "fused"}, {"layout": "fused", "instances": cores}, {"layout": "single", "instances": cores}]
@@ -88,7 +88,7 @@ def axes(present: ServingSpec, runtime: str, cores: int, batch: int) -> list[lis
         "instances": sorted({1, 2, cores}),
         "scorer_delay_microseconds": [0, 100, 300],
         "queue_delay_microseconds": [0, 200, 1000],
-        "max_batch_size": sorted({max(batch, largest // 4), 2 * largest}),
+        "max_batch_size": [max(batch, largest // 4), *([2 * largest] if runtime == "onnxruntime" else [])],
     }
     further: list[list[dict[str, Any]]] = [[{name: value} for value in values] for name, values in others.items()]
     found = [layouts, *further] if runtime == "onnxruntime" else further
@@ -116,7 +116,7 @@ def tune(repository: Path, guard: str, wish: Wish, seconds: float, cache: Path, 
     present = target.spec.serving
     if wish.batch > present.max_batch_size:
         raise NoisecError(f"--batch {wish.batch}: {guard} takes at most {present.max_batch_size} images in a request")
-    open_axes = axes(present, target.spec.runtime, os.cpu_count() or 1, wish.batch)
+    open_axes = axes(present, target.spec.runtime, CORES, wish.batch)
     deadline, cost = time.monotonic() + seconds, 0.0
     steps = 1 + sum(map(len, open_axes))
     with generator(target.images(cache)) as load, served(target, present) as url, bar("tuning", steps) as shown:
@@ -132,8 +132,13 @@ def tune(repository: Path, guard: str, wish: Wish, seconds: float, cache: Path, 
                 if start + cost > deadline:
                     complete = False
                     continue
-                with served(target, serving) as other:
-                    trials.append(_in_turns(measure, serving, url, other))
+                try:
+                    with served(target, serving) as other:
+                        trials.append(_in_turns(measure, serving, url, other))
+                except NoisecError as error:  # the others' measurements count all the same
+                    console.print(f"  {change} does not run here: {error}", style="yellow")
+                    shown.advance("does not run")
+                    continue
                 best = trials[-1] if wish.beats(trials[-1], best) else best
                 shown.advance(f"{trials[-1].gain:.2f} of the present throughput; best {best.gain:.2f}")
                 cost = max(cost, time.monotonic() - start)

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 UNKNOWN = -1
 """no class is suspected"""
-LEAST_MARGIN = 1e-3
-"""margins are taken for at least this, in nats"""
+LEAST = 1e-3
+"""margins and distances, in logits, and what clean classifiers leave of a share are taken for at least this"""
+STATISTICS = {"histogram": "reference", "margins": "reference_margins", "universal": "reference_universal"}
+"""what `Evidence` has of each class -> the same of clean classifiers beside it"""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,12 @@ class Evidence:
     margins: tuple[float, ...] = ()
     """BAN: how far each class's logit can be driven above the others (`noisec.builders.audit.margins`)"""
     reference_margins: tuple[float, ...] = ()
-    """BAN: the same of the clean classifiers; empty where the verdict rests on the histogram alone"""
+    """BAN: the same of the clean classifiers; empty where no verdict rests on margins"""
+    universal: tuple[float, ...] = ()
+    """BAN: mean margin of each class's logit on images of others under the best small perturbation for it, below 0 where it is not the
+    largest (`noisec.builders.audit.universal`)"""
+    reference_universal: tuple[float, ...] = ()
+    """BAN: the same of the clean classifiers; empty where no verdict rests on these"""
 
     @property
     def suspect(self) -> int | None:
@@ -64,22 +72,31 @@ def excess(shares: Sequence[float], expected: Sequence[float] | None = None) -> 
 
     Args:
         shares: of the held-out images, of each label: [classes]
-        expected: the same of clean classifiers, each below 1; chance if left out
+        expected: the same of clean classifiers; chance if left out
     """
     chance = [1 / len(shares)] * len(shares)
-    return [(share - usual) / (1 - usual) for share, usual in zip(shares, expected or chance, strict=True)]
+    return [(share - usual) / max(1 - usual, LEAST) for share, usual in zip(shares, expected or chance, strict=True)]
 
 
 def suspicion(evidence: Evidence) -> list[float]:
     """What speaks for a backdoor towards each class: [classes], at most 1, about 0 for a clean classifier.
 
-    It is the excess of BAN's histogram over the reference, or over chance; where there are largest margins to compare with, its mean with
-    theirs: the share of each margin that lies above what clean classifiers have, after all margins are scaled so that the middle class has
-    as much as in those (a classifier's logits have a scale of their own).
+    It is the excess of BAN's histogram over the reference, or over chance; where there are largest margins or universal perturbations to
+    compare with, its mean with what they say: the share of a margin that lies above what clean classifiers have, and the share of their
+    distance that a perturbation makes up. Margins and distances are first scaled so that the middle class has as much as in the clean
+    ones, as a classifier's logits have a scale of their own.
     """
-    shares = excess(evidence.histogram, evidence.reference)
-    if not evidence.reference_margins:
-        return shares
-    usual = np.array(evidence.reference_margins) / np.maximum(evidence.margins, LEAST_MARGIN)
-    above = 1 - usual / np.median(usual)
-    return [(share + margin) / 2 for share, margin in zip(shares, above.tolist(), strict=True)]
+    found = [np.array(excess(evidence.histogram, evidence.reference))]
+    if evidence.reference_margins:
+        found.append(_above(evidence.reference_margins, evidence.margins))
+    if evidence.reference_universal:
+        found.append(_above(np.negative(evidence.universal), np.negative(evidence.reference_universal)))
+    mean: list[float] = np.mean(found, axis=0).tolist()
+    return mean
+
+
+def _above(smaller: npt.ArrayLike, larger: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Share of each larger one that the smaller one leaves, where both have the same scale in the middle: [classes], at most 1."""
+    part = np.maximum(smaller, LEAST) / np.maximum(larger, LEAST)
+    left: npt.NDArray[np.float64] = 1 - part / np.median(part)
+    return left

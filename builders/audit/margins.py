@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from noisec.builders.audit.checks import logits_of
+from noisec.errors import NoisecError
 
 STEP, MOMENTUM = 1.0, 0.5
 """of the ascent: L2 norm of a step, and the share of the last one that goes on"""
@@ -26,6 +27,9 @@ def largest_margins(network: nn.Module, images: Tensor, classes: int, starts: in
 
     Returns:
         float32 [classes], on the CPU
+
+    Raises:
+        NoisecError: a margin is not finite.
     """
     drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:starts]
     wanted = torch.arange(classes, device=images.device).repeat_interleave(len(drawn))
@@ -39,6 +43,8 @@ def largest_margins(network: nn.Module, images: Tensor, classes: int, starts: in
         pixels = (leaf.detach() + moved).clamp(0, 1)
     with torch.no_grad():
         reached = margins(logits_of(network(pixels)), wanted)
+    if not bool(torch.isfinite(reached).all()):
+        raise NoisecError("audit: the classifier's logits overflow float32 on images that it has not seen; no verdict rests on that")
     return reached.reshape(classes, len(drawn)).amax(1).cpu()
 
 

@@ -42,6 +42,7 @@ EXTRAS = {
     ),
     "precision": ("modelopt", "onnx_graphsurgeon", "onnxconverter_common", "onnxslim", "polygraphy", "lief", "cppimport"),
     "serve": ("pytriton", "psutil"),
+    "bench": ("aiohttp",),
 }
 """extra -> modules that only it installs"""
 console = Console(markup=False, highlight=False)
@@ -243,7 +244,7 @@ def classify(
 
     Example: `noisec classify --guard fashion_mnist shoe.png shirt.png --json verdicts.json`
     """
-    _check_json(json_file)
+    _check_file("--json", json_file)
     from noisec.clients import GuardClient
     from noisec.clients.files import read_images, verdict_rows
 
@@ -295,7 +296,8 @@ def audit(
 
     Calibrated: `noisec audit guard.toml --like clean1.json --like clean2.json --like clean3.json`
     """
-    _check_json(json_file)
+    _check_file("--json", json_file)
+    _check_picture("--plot", plot)
     import dataclasses
 
     from noisec.builders.audit.guard import audit_protected, draw_audit, read_evidence, said
@@ -343,6 +345,7 @@ def repair(
     """
     if out.exists():
         raise NoisecError(f"--out {out}: there is a file already, and weights are not written over; choose another name")
+    _check_file("--out", out)
     from safetensors.torch import save_file
 
     from noisec.builders.audit.evidence import UNKNOWN
@@ -416,7 +419,7 @@ def detection(
     from noisec.benchmarks.detection.subject import Subject
 
     sizes = Sizes(images, slow, laddered, queries, square, poisoned=poisoned, poisoned_epochs=poisoned_epochs)
-    plan = Plan(_parts(attacks), _parts(black_box), tuple(map(float, _parts(ladder))), _parts(triggers), sizes)
+    plan = Plan(_parts(attacks), _parts(black_box), _numbers("--ladder", ladder), _parts(triggers), sizes)
     subject = Subject.open(repository, guard, work / guard)
     run_benchmark(subject, plan, work / guard, out / guard, seed, _command(), seeds)
 
@@ -524,7 +527,7 @@ def throughput(
 
     Example: `noisec bench throughput model_repository --guard fashion_mnist --quick --json figures.json`
     """
-    _check_json(json_file)
+    _check_file("--json", json_file)
     from dataclasses import replace
 
     from noisec.benchmarks.throughput.run import QUICK, Plan, run_benchmark
@@ -549,6 +552,14 @@ def _parts(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    """Numbers between commas."""
+    try:
+        return tuple(map(float, _parts(text)))
+    except ValueError as error:
+        raise NoisecError(f"{option} {text}: expected numbers with commas between them, such as 0.1,0.05") from error
+
+
 @app.command()
 def demo(
     folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for the guard, the picture and the figures.")] = Path("demo"),
@@ -558,7 +569,7 @@ def demo(
 
     Example: `noisec demo --json figures.json`
     """
-    _check_json(json_file)
+    _check_file("--json", json_file)
     from noisec.benchmarks.demo import run_demo
 
     figures, heads, rows = run_demo(folder)
@@ -584,10 +595,21 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _check_json(path: Path | None) -> None:
+def _check_file(option: str, path: Path | None) -> None:
     """Before the work, not after it."""
     if path is not None and path != Path("-") and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise NoisecError(f"--json {path}: cannot be written; name a file in a folder that exists")
+        raise NoisecError(f"{option} {path}: cannot be written; name a file in a folder that exists")
+
+
+def _check_picture(option: str, path: Path | None) -> None:
+    """The same for a picture, whose ending says what kind it is."""
+    _check_file(option, path)
+    if path is not None:
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        kinds = FigureCanvasBase.get_supported_filetypes()
+        if path.suffix.removeprefix(".") not in kinds:
+            raise NoisecError(f"{option} {path}: no kind of picture; end the name in .{', .'.join(kinds)}")
 
 
 def _write_json(path: Path, content: Any) -> None:

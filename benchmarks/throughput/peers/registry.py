@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from noisec.benchmarks.throughput.peers.senders import Open, over_grpc, over_http
 from noisec.benchmarks.throughput.peers.servers.compute import ANSWERS, Task
+from noisec.benchmarks.throughput.target import CORES
 from noisec.builders.repository import read_widths
 from noisec.contract import stage_model
 from noisec.manifest import releases
@@ -47,8 +47,6 @@ class Peer:
     settings: tuple[Settings, ...]
     command: Command
     open: Open
-    same_verdicts: bool = True
-    """whether it computes the guard; otherwise a detector of its own"""
 
     @property
     def requirements(self) -> list[str]:
@@ -128,7 +126,6 @@ def describe_classifier(repository: Path, guard: str) -> dict[str, object]:
 
 JSON = "JSON over HTTP, pixels in base64"
 BINARY = "binary over gRPC"
-CORES = len(os.sched_getaffinity(0))
 
 LITSERVE = Peer(
     "LitServe",
@@ -173,6 +170,5 @@ ALIBI = Peer(
     (Settings(), Settings(CORES)),
     _alibi,
     over_grpc(("is_adversarial", "instance_score"), channels_last=True),
-    same_verdicts=False,
 )
 PEERS = (LITSERVE, BENTOML, MLSERVER, PYTRITON, ALIBI)

@@ -61,6 +61,7 @@ class Plan:
             output name -> float32 [n, ...] on the GPU, finished
         """
         rows = len(images)
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))  # which may still be putting the batch together
         with torch.cuda.stream(self._stream):
             self._buffers[self.input][:rows].copy_(images, non_blocking=True)
             self.enqueue(rows)
