@@ -179,6 +179,9 @@ def test_a_release_with_other_tensors_takes_over_from_the_older_ones(guard, fold
     assert verify(copy, "mine") == []
     with EmbeddedServer(copy) as server, GuardClient(server.grpc_url, "mine") as client:
         assert (client.classify(guard.splits.report.pixels[:3]).releases == 9).all()
+    with pytest.raises(NoisecError, match="holds release 9 of mine, whose configuration all of them share: set release = 10"):
+        building.build(guard.spec, copy, folder / "work", report=False)
+    assert verify(copy, "mine") == []
 
 
 def test_a_size_that_cannot_be_halved_twice_is_padded(tmp_path):

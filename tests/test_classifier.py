@@ -13,9 +13,12 @@ from noisec import contract
 from noisec.builders import protect
 from noisec.builders.classifier import choose_penultimate, dissect, make_stage, read_model
 from noisec.builders.export import export_plain
+from noisec.builders.images import Images, Splits
 from noisec.builders.inspect import inspect_classifier
 from noisec.builders.protect import Preprocessing
-from noisec.builders.spec import PreprocessingSpec
+from noisec.builders.spec import PreprocessingSpec, read_spec
+from noisec.builders.torchgraph import TorchGraph
+from noisec.builders.workbench import Workbench
 from noisec.errors import NoisecError
 from noisec.python_backend.scorer.session import open_session
 
@@ -184,6 +187,57 @@ def test_every_opset_from_eleven_on_gives_the_same_stage(tmp_path, opset):
         assert np.array_equal(one, other)
 
 
+def half_inside(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same classifier, computing in fp16 behind float images and answers."""
+    graph = model.graph
+    for tensor in graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    graph.node[0].input[0], graph.node[-1].output[0] = "half", "half answer"
+    graph.node.insert(0, helper.make_node("Cast", ["pixels"], ["half"], to=TensorProto.FLOAT16))
+    graph.node.append(helper.make_node("Cast", ["half answer"], ["answer"], to=TensorProto.FLOAT))
+    return model
+
+
+def test_a_classifier_that_computes_in_fp16_answers_floats(tmp_path):
+    found, exact = staged(half_inside(by_hand()), tmp_path), staged(by_hand(), tmp_path)
+    for one, other in zip(found, exact, strict=True):
+        assert one.dtype == np.float32
+        assert np.abs(one - other).max() < 0.01 * np.abs(other).max()
+
+
+FORMS = {
+    "pieces of given sizes": [helper.make_node("Split", ["IMAGE", "sizes"], ["rest", "answer"], axis=2)],
+    "a slice of the first axes": [helper.make_node("Slice", ["IMAGE", "starts", "ends"], ["answer"])],
+    "one place of an axis": [helper.make_node("Gather", ["IMAGE", "place"], ["answer"], axis=-2)],
+    "places in rows": [helper.make_node("Gather", ["IMAGE", "places"], ["answer"], axis=1)],
+    "a constant number": [
+        helper.make_node("Constant", [], ["two"], value_float=2.0),
+        helper.make_node("Mul", ["IMAGE", "two"], ["answer"]),
+    ],
+    "constant numbers": [
+        helper.make_node("Constant", [], ["shape"], value_ints=[0, 48]),
+        helper.make_node("Reshape", ["IMAGE", "shape"], ["answer"]),
+    ],
+}
+
+
+@pytest.mark.parametrize("nodes", FORMS.values(), ids=FORMS)
+def test_a_graph_in_torch_answers_what_the_runtime_answers(tmp_path, nodes):
+    numbers = {"sizes": [1, 3], "starts": [0, 1], "ends": [9, 3], "place": 2, "places": [[0, 2], [1, 1]]}
+    used = {name for node in nodes for name in node.input}
+    constants = [numpy_helper.from_array(np.array(value, np.int64), name) for name, value in numbers.items() if name in used]
+    values = [
+        helper.make_tensor_value_info("IMAGE", TensorProto.FLOAT, ["batch", 3, 4, 4]),
+        helper.make_tensor_value_info("answer", TensorProto.FLOAT, None),
+    ]
+    graph = helper.make_graph(nodes, "form", values[:1], values[1:], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), tmp_path / "model.onnx")
+    images = np.random.default_rng(0).random((5, 3, 4, 4), dtype=np.float32)
+    (wanted,) = open_session(tmp_path / "model.onnx").run(["answer"], {"IMAGE": images})
+    (found,) = TorchGraph(tmp_path / "model.onnx")(torch.from_numpy(images))
+    assert np.array_equal(found.numpy(), wanted)
+
+
 @pytest.mark.parametrize("batch", [1, 2, 4])
 def test_a_fixed_batch_size_is_freed(tmp_path, batch):
     for one, other in zip(staged(by_hand(batch=batch, reshape=True), tmp_path), staged(by_hand(), tmp_path), strict=True):
@@ -308,6 +362,37 @@ FACTORIES = {
 def test_a_factory_that_makes_no_module_is_refused(factory, message):
     with pytest.raises(NoisecError, match=message):
         protect.load_module(factory, None)
+
+
+def test_a_factory_with_a_mean_too_few_is_refused_and_other_code_is_another_classifier(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "supplied.py").write_text("from noisec.builders.networks import ResNet20 as build")
+    protect.load_module("supplied:build", None)
+    before = protect.code_digest("supplied:build")
+    (tmp_path / "supplied.py").write_text("from noisec.builders.networks import ResNet20 as build  # another")
+    assert protect.code_digest("supplied:build") != before
+    (tmp_path / "guard.toml").write_text(
+        """
+name = "supplied"
+[data]
+source = "cifar10"
+train = 100
+fit = 100
+calibrate = 100
+report = 100
+[classifier]
+factory = "supplied:build"
+preprocessing = { mean = [0.5, 0.5] }
+[autoencoder]
+epochs = 1
+[[detectors]]
+view = "noise"
+"""
+    )
+    images = Images.whole(np.zeros((4, 3, 32, 32), np.uint8), np.arange(4))
+    splits = Splits(images, images, images, images, tuple("abcdefghij"))
+    with pytest.raises(NoisecError, match="preprocessing.mean has 2 values; the images have 3 channels"):
+        protect.protect(read_spec(tmp_path / "guard.toml"), splits, Workbench(tmp_path))
 
 
 def test_weights_load_from_torch_and_safetensors_files(tmp_path):

@@ -11,6 +11,8 @@ import pytest
 from conftest import GUARD, REPOSITORY
 from PIL import Image
 
+from noisec.builders.spec import GUARDS
+
 
 def noisec(*arguments, code=0, cwd=None):
     """Standard output of a command that is expected to end with ``code``; its errors where that is not 0."""
@@ -86,6 +88,11 @@ def test_errors_are_printed_alone(tmp_path):
     assert "no guard in this folder" in noisec("verify", tmp_path, code=1)
     assert "IPv6 addresses are not supported" in noisec("serve", REPOSITORY, "--host", "::1", code=1)
     assert "cannot be written; name a file" in noisec("classify", "-g", GUARD, "x.png", "--json", tmp_path / "none" / "a.json", code=1)
+    demo = GUARDS / "demo.toml"
+    assert "--plot a.foo: no kind of picture" in noisec("audit", demo, "--plot", "a.foo", code=1)
+    assert "cannot be written; name a file" in noisec("repair", demo, "--out", tmp_path / "none" / "a.safetensors", code=1)
+    bench = ("bench", "detection", REPOSITORY, "--guard", GUARD)
+    assert "--ladder x: expected numbers" in noisec(*bench, "--attacks", "", "--ladder", "x", code=1)
     (tmp_path / GUARD / "1").mkdir(parents=True)
     (tmp_path / GUARD / "1" / "manifest.json").write_text("[]")
     assert "manifest.json: damaged" in noisec("verify", tmp_path, code=1)

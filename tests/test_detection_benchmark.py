@@ -15,6 +15,8 @@ from noisec.benchmarks.detection.run import Benchmark, Plan, Sizes, right_ones, 
 from noisec.benchmarks.detection.subject import Subject
 from noisec.builders.images import Splits, cut
 from noisec.builders.sources import fashion_mnist
+from noisec.builders.spec import ClassifierSpec
+from noisec.errors import NoisecError
 from noisec.manifest import read_manifest
 
 PLAN = Plan(attacks=("fgsm-0.1",), sizes=Sizes(images=150, laddered=16, queries=10))
@@ -44,6 +46,29 @@ def _few_images_for_the_baselines():
 @pytest.fixture(scope="module")
 def cells(subject, work):
     return run_benchmark(subject, PLAN, work / "work", work / "out", 0, "noisec bench detection")
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (Plan(("pgd-x",)), r"attack 'pgd-x': expected pgd-EPS with EPS in \(0, 1\]"),
+        (Plan(("cw-0.1",)), "attack 'cw-0.1': expected cw"),
+        (Plan((), ("jsma-0.1",)), "no method 'jsma'; there are fgsm, bim"),
+        (Plan((), triggers=("badnet",)), "--triggers badnet: no such backdoor; there are badnets"),
+        (Plan((), ladder=(0.1, 2.0)), r"--ladder 2.0: an epsilon lies in \(0, 1\]"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is(subject, tmp_path, plan, message):
+    with pytest.raises(NoisecError, match=message):
+        run_benchmark(subject, plan, tmp_path, tmp_path, 0, "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_onnx_classifier_is_attacked_without_gradients(spec):
+    onnx = ClassifierSpec(onnx="mine.onnx")
+    Plan(("square-0.1", "hopskipjump"), ("fgsm-0.1",)).check(onnx)
+    with pytest.raises(NoisecError, match="badnets, pgd-0.1 need the classifier's gradients"):
+        Plan(("square-0.1", "pgd-0.1"), triggers=("badnets",)).check(onnx)
 
 
 def test_benign_and_attacked_images_are_disjoint_and_only_right_ones_are_attacked(subject, work):

@@ -81,6 +81,15 @@ def test_training_with_blocks_takes_blocks_away(images, tmp_path):
     assert left[3 * EPS] < 0.95 * left[0.0]
 
 
+def test_a_batch_without_a_quarter_gets_no_blocks(images, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "in_blocks", lambda batch, amplitude: seen.append(len(batch)) or batch)
+    for size in (1, 8):
+        spec = AutoencoderSpec(network="unet-small", epochs=1, batch_size=size, blocks=0.3)
+        train_autoencoder(spec, fashion_mnist.load("t10k")[:8], 0, tmp_path)
+    assert seen == [0] * 8 + [2]
+
+
 def test_mixed_precision_learns_as_much(classify, images, tmp_path):
     torch.manual_seed(1)
     moved = along_gradient(classify, images, EPS)

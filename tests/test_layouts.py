@@ -18,15 +18,17 @@ from onnx import helper
 from pydantic import ValidationError
 
 from noisec import contract, manifest
+from noisec.builders.compiling import compile_with
 from noisec.builders.layout import fuse, rearrange
 from noisec.builders.recalibrate import stage_folders
 from noisec.builders.repository import read_config
-from noisec.builders.spec import GuardSpec, ServingSpec
+from noisec.builders.spec import EngineOptions, GuardSpec, ServingSpec
 from noisec.builders.stages import StageRunner, in_process
 from noisec.builders.torchgraph import TorchGraph
 from noisec.clients import GuardClient
 from noisec.contract import stage_model
 from noisec.errors import NoisecError
+from noisec.manifest import releases
 from noisec.python_backend.scorer.session import open_session
 from noisec.python_backend.server import EmbeddedServer
 
@@ -282,7 +284,7 @@ def test_a_classifier_that_mixes_the_rows_of_a_batch_stays_staged(tmp_path):
         rearrange(copy, GUARD, ServingSpec(layout="fused"), tmp_path / "fused")
 
 
-def test_what_does_not_go_together_is_refused(fused, tmp_path):
+def test_what_does_not_go_together_is_refused(fused, single, tmp_path):
     content = spec_of(REPOSITORY).model_dump()
     with pytest.raises(ValidationError, match="goes with layout 'fused' or 'single'"):
         GuardSpec.model_validate({**content, "serving": {"input": "uint8"}})
@@ -290,5 +292,8 @@ def test_what_does_not_go_together_is_refused(fused, tmp_path):
         GuardSpec.model_validate({**content, "runtime": "tensorrt", "serving": {"layout": "fused", "input": "uint8"}})
     with pytest.raises(ValidationError, match="'single' goes with runtime = 'onnxruntime'"):
         GuardSpec.model_validate({**content, "runtime": "tensorrt", "serving": {"layout": "single"}})
+    with pytest.raises(NoisecError, match="fashion_mnist cannot be changed so:\n.*'single' goes with runtime = 'onnxruntime'"):
+        compile_with(None, "9.0", single, GUARD, EngineOptions())
+    assert releases(single, GUARD) == [1]
     with pytest.raises(NoisecError, match="start from its staged twin"):
         rearrange(fused, GUARD, ServingSpec(layout="fused", input="uint8"), tmp_path)

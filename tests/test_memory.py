@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -10,8 +11,10 @@ from conftest import GUARD, REPOSITORY
 from pydantic import ValidationError
 
 from noisec import contract, manifest
+from noisec.builders import variants
 from noisec.builders.calibrate import NO_HEAD, REPEATED, fit_repeats
 from noisec.builders.card import write_card
+from noisec.builders.images import Splits
 from noisec.builders.layout import rearrange
 from noisec.builders.repository import read_widths, scorer_inputs, write_repository
 from noisec.builders.spec import DetectorSpec, GuardSpec, MemorySpec, ServingSpec
@@ -123,6 +126,13 @@ def test_a_memory_needs_the_images_own_activations(spec):
     assert IMAGE not in scorer_inputs(noise.model_copy(update={"memory": None}))
     with pytest.raises(ValidationError, match="30 neighbours cannot be found among 20 inputs"):
         MemorySpec(size=20, neighbours=30)
+
+
+def test_a_scorer_is_fitted_anew_where_the_memory_changes(spec, report):
+    splits = Splits(report, report, report, report, ())
+    kinds = [spec.model_copy(update={"memory": memory}) for memory in (None, MemorySpec(), MemorySpec(neighbours=5))]
+    keys = [json.dumps(variants.scorer_inputs(kind, splits, {}), sort_keys=True) for kind in kinds]
+    assert len(set(keys)) == 3
 
 
 def test_the_card_names_a_memory_where_there_is_one(spec, tmp_path):

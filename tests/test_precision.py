@@ -202,6 +202,14 @@ def test_the_real_server_takes_a_compiled_release_up_to_where_it_asks_for_the_gp
             EmbeddedServer(compiled).start()
 
 
+def test_a_precision_is_compared_in_its_own_runtime_where_that_is_the_only_one():
+    figures = {"auroc": 0.95, "label_agreement": 1.0}
+    table = {"fp32": {"tensorrt": figures}, "fp16": {"tensorrt": {**figures, "auroc": 0.9}}}
+    assert precision_problems("fp32", table, "tensorrt") == []
+    assert len(precision_problems("fp16", table, "tensorrt")) == 1
+    assert precision_problems("fp16", {}, "tensorrt") == []
+
+
 @pytest.mark.parametrize("change", [{"auroc": 0.93}, {"label_agreement": 0.99}])
 def test_a_precision_that_loses_too_much_is_refused(change):
     exact_figures = {"auroc": 0.95, "label_agreement": 1.0}

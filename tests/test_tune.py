@@ -9,6 +9,7 @@ import pytest
 from conftest import GUARD, REPOSITORY
 
 from noisec import manifest
+from noisec.benchmarks.throughput import tuning
 from noisec.benchmarks.throughput.load import Load
 from noisec.benchmarks.throughput.tuning import Trial, Wish, axes, tune, tuning_rows, without_effect
 from noisec.builders.layout import rearrange
@@ -40,6 +41,7 @@ def test_every_axis_leaves_out_the_present_value():
     assert largest == [{"max_batch_size": 16}, {"max_batch_size": 128}]
     assert axes(ServingSpec(layout="fused"), "tensorrt", 4, 1)[0] == [{"instances": 2}, {"instances": 4}]
     assert axes(ServingSpec(layout="fused", instances=4), "onnxruntime", 4, 1)[0] == [{"layout": "single", "instances": 4}]
+    assert axes(ServingSpec(), "tensorrt", 2, 1)[-1] == [{"max_batch_size": 16}], "a plan takes no larger batches"
     assert axes(ServingSpec(), "onnxruntime", 2, 32)[-1] == [{"max_batch_size": 32}, {"max_batch_size": 128}]
 
 
@@ -63,6 +65,22 @@ def test_a_bound_and_a_batch_that_do_not_fit_are_refused(tmp_path):
         Wish("throughput", 1, 1, 5.0)
     with pytest.raises(NoisecError, match="takes at most 64 images"):
         tune(REPOSITORY, GUARD, Wish("throughput", 1, 65, None), 1, tmp_path)
+
+
+def test_a_setting_that_does_not_run_here_spoils_no_other(tmp_path, monkeypatch, capsys):
+    whole = tuning.served
+
+    def served(target, serving):
+        if serving.layout != "staged":
+            raise NoisecError("no room for it")
+        return whole(target, serving)
+
+    monkeypatch.setattr(tuning, "served", served)
+    monkeypatch.setattr(tuning, "axes", lambda *given: [[{"layout": "fused"}]])
+    found = tune(REPOSITORY, GUARD, Wish("throughput", 1, 1, None), 30, tmp_path, 0.2)
+    assert len(found.trials) == 1
+    assert found.complete
+    assert "'fused'} does not run here: no room for it" in " ".join(capsys.readouterr().err.split())
 
 
 def test_settings_are_written_into_a_repository_and_its_manifest(tmp_path):
