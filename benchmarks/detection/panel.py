@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +16,7 @@ from noisec import contract
 from noisec.benchmarks.detection.baselines import (
     Artifacts,
     Baseline,
+    IbdPsc,
     MagNet,
     Manda,
     ScaleUp,
@@ -25,9 +26,11 @@ from noisec.benchmarks.detection.baselines import (
     reconstruction_error_alone,
 )
 from noisec.benchmarks.detection.subject import Subject
+from noisec.builders.audit.restored import Restored
 from noisec.builders.calibrate import fit_tensors
 from noisec.builders.images import Floats, Images
 from noisec.builders.progress import console
+from noisec.builders.protect import STAGE
 from noisec.builders.spec import DetectorSpec
 from noisec.builders.stages import Tensors
 from noisec.errors import NoisecError
@@ -150,7 +153,7 @@ def baselines(subject: Subject, images: Images, attacked: Floats, calibration: S
         divergence_alone(subject.denoiser),
     ]
     if backdoors:
-        learned += [Strip(), ScaleUp()]
+        learned += [Strip(), ScaleUp(), IbdPsc(Restored(subject.stages["classifier"] / STAGE, subject.splits.fit))]
     for one in learned:
         one.fit(images, subject.predict)
     supervised: list[Supervised] = [Artifacts(network, subject.features), Manda(subject.features)]
@@ -182,8 +185,3 @@ class WithHead(nn.Module):
         """float32 [n, C, H, W] -> logits [n, classes]"""
         logits: Tensor = self.linear(self.activation(self.features(images)))
         return logits
-
-
-def scores_of(detectors: Mapping[str, Calibrated], sent: Sent) -> dict[str, Floats]:
-    """Every detector's scores."""
-    return {name: detector.score(sent).astype(np.float32) for name, detector in detectors.items()}
