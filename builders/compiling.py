@@ -13,12 +13,11 @@ from typing import Any
 from noisec import manifest
 from noisec.builders.engine import build_plan, compute_capability, find_tensorrt
 from noisec.builders.progress import console
+from noisec.builders.release import Release
 from noisec.builders.repository import read_widths, write_repository
 from noisec.builders.spec import EngineOptions, GuardSpec, changed
 from noisec.builders.workbench import DONE
-from noisec.contract import stage_model
 from noisec.python_backend.runtimes.tensorrt.names import plan_name
-from noisec.python_backend.scorer.scoring import Scorer
 
 
 def compile_guard(repository: Path, guard: str, options: EngineOptions) -> int:
@@ -35,21 +34,25 @@ def compile_guard(repository: Path, guard: str, options: EngineOptions) -> int:
 
 def compile_with(trt: Any, capability: str, repository: Path, guard: str, options: EngineOptions) -> int:
     """The same with a given TensorRT package, for GPUs of one compute capability, such as ``9.0``."""
-    old = manifest.read_manifest(repository, guard)
-    spec = GuardSpec.model_validate(old["spec"])
-    new = changed(spec, release=old["release"] + 1, runtime="tensorrt", tensorrt=options)
+    old, former = manifest.read_manifest(repository, guard), Release.newest(repository, guard)
+    new = changed(former.spec, release=old["release"] + 1, runtime="tensorrt", tensorrt=options)
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         stages = {stage: Path(folder, stage) for stage in ("autoencoder", "classifier")}
         for stage, target in stages.items():
             start = time.monotonic()
-            compile_stage(trt, capability, repository / stage_model(guard, stage) / str(old["release"]), new, target)
+            compile_stage(trt, capability, former.folder(stage), new, target)
             seconds[stage] = time.monotonic() - start
             console.print(f"  {stage}: compiled in {seconds[stage]:.0f} s")
-        scorer = Scorer.load(repository / stage_model(guard, "scorer") / str(old["release"]) / "scorer.npz")
         widths, names = read_widths(repository, guard)
         write_repository(
-            repository, new, widths, names, stages, dataclasses.replace(scorer, release=new.release), {capability: plan_name(capability)}
+            repository,
+            new,
+            widths,
+            names,
+            stages,
+            dataclasses.replace(former.scorer, release=new.release),
+            {capability: plan_name(capability)},
         )
     content = {key: value for key, value in old.items() if key not in ("guard", "release", "files", "spec", "figures", "threshold")}
     compiled = {

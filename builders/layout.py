@@ -14,12 +14,11 @@ from onnx import ModelProto, TensorProto, helper, version_converter
 
 from noisec import contract, manifest
 from noisec.builders.classifier import read_model
+from noisec.builders.release import Release
 from noisec.builders.repository import fused_passes, read_plans, read_widths, write_repository
-from noisec.builders.spec import NETWORK_STAGES, GuardSpec, ServingSpec, Stage
+from noisec.builders.spec import NETWORK_STAGES, GuardSpec, ServingSpec, Stage, changed
 from noisec.builders.stages import in_process
-from noisec.contract import stage_model
 from noisec.errors import NoisecError
-from noisec.python_backend.scorer.scoring import Scorer
 
 MAX_DIFFERENCE = 1e-3
 """largest difference of a fused graph's activations from the two graphs' that still counts as rounding, relative to their scale"""
@@ -156,11 +155,8 @@ def rearrange(repository: Path, guard: str, serving: ServingSpec, target: Path) 
     Raises:
         NoisecError: the release is not there, or its graphs are of another layout or input already and cannot go back.
     """
-    old = manifest.read_manifest(repository, guard)
-    spec, release = GuardSpec.model_validate(old["spec"]), old["release"]
-    new = GuardSpec.model_validate({**old["spec"], "serving": serving.model_dump()})
-    folders: dict[Stage, Path] = {stage: repository / stage_model(guard, stage) / str(release) for stage in NETWORK_STAGES}
-    scorer = Scorer.load(repository / stage_model(guard, "scorer") / str(release) / "scorer.npz")
+    old, former = manifest.read_manifest(repository, guard), Release.newest(repository, guard)
+    spec, release, new = former.spec, former.release, changed(former.spec, serving=serving)
     other = (fused_passes(new), serving.input) != (fused_passes(spec), spec.serving.input)
     changes = [key for key in ("layout", "input") if getattr(serving, key) != getattr(spec.serving, key)]
     if other and (spec.serving.layout, spec.serving.input) != ("staged", "float32"):
@@ -169,13 +165,13 @@ def rearrange(repository: Path, guard: str, serving: ServingSpec, target: Path) 
         raise NoisecError(f"{guard} release {release} holds TensorRT plans: set serving.{changes[0]} in the TOML file and build it again")
     widths, names = read_widths(repository, guard)
     with tempfile.TemporaryDirectory() as folder:
-        kept: dict[Stage, Path] = {stage: shutil.copytree(source, Path(folder, stage)) for stage, source in folders.items()}
+        kept: dict[Stage, Path] = {stage: shutil.copytree(former.folder(stage), Path(folder, stage)) for stage in NETWORK_STAGES}
         stages = {str(stage): path for stage, path in kept.items()}
         for stage in changed_stages(new) if other else ():
             stages[stage] = Path(folder, f"new-{stage}")
             stages[stage].mkdir()
             arrange(new, kept, stage, stages[stage])
-        write_repository(target, new, widths, names, stages, scorer, read_plans(repository, guard))
+        write_repository(target, new, widths, names, stages, former.scorer, read_plans(repository, guard))
     card = repository / guard / manifest.CARD
     if target != repository and card.is_file():
         shutil.copyfile(card, target / guard / manifest.CARD)

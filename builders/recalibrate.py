@@ -18,13 +18,12 @@ from noisec.builders.engine import gpus
 from noisec.builders.figures import PrecisionTable
 from noisec.builders.images import Splits
 from noisec.builders.progress import console
+from noisec.builders.release import Release
 from noisec.builders.repository import read_plans, read_widths, write_repository
-from noisec.builders.spec import GuardSpec
 from noisec.builders.stages import Infer, StageRunner, in_process, served
 from noisec.builders.variants import measured, megabytes, name_of, open_stages, summary
-from noisec.contract import LOGITS, stage_model
+from noisec.contract import LOGITS
 from noisec.errors import NoisecError
-from noisec.python_backend.scorer.scoring import Scorer
 
 
 def recalibrate(repository: Path, guard: str, work: Path, url: str | None, *, force: bool = False) -> int:
@@ -46,27 +45,24 @@ def recalibrate(repository: Path, guard: str, work: Path, url: str | None, *, fo
         NoisecError: the guard is not there, its data is not, the server serves another release, or the release holds TensorRT plans,
             there is no ``url`` and this machine cannot run them.
     """
-    release = manifest.releases(repository, guard)[-1]
-    spec = GuardSpec.model_validate(manifest.read_manifest(repository, guard, release)["spec"])
-    if url is None and spec.runtime == "tensorrt" and not gpus():
+    found = Release.newest(repository, guard)
+    if url is None and found.spec.runtime == "tensorrt" and not gpus():
         raise NoisecError(
-            f"{guard} release {release} holds TensorRT plans and this machine has no NVIDIA GPU: serve it and give --url, "
+            f"{guard} release {found.release} holds TensorRT plans and this machine has no NVIDIA GPU: serve it and give --url, "
             "so that the plans themselves are asked"
         )
-    infer = served(url, guard, release) if url else open_stages(spec, stage_folders(repository, guard, release))
+    infer = served(url, guard, found.release) if url else open_stages(found.spec, found.stages)
     return recalibrate_with(infer, repository, guard, work, url or "stages in process", force=force)
 
 
 def recalibrate_with(infer: Infer, repository: Path, guard: str, work: Path, asked: str, *, force: bool = False) -> int:
     """The same with given stages; ``asked`` says in the manifest which. Stages that are TensorRT plans stay TensorRT plans."""
-    old = manifest.read_manifest(repository, guard)
-    spec = GuardSpec.model_validate(old["spec"])
+    former, old = Release.newest(repository, guard), manifest.read_manifest(repository, guard)
+    spec, stages = former.spec, former.stages
     new = spec.model_copy(update={"release": old["release"] + 1})
     splits = datasets.load_splits(spec.data, spec.seed, cache=work / "images")
-    stages = stage_folders(repository, guard, old["release"])
     run = StageRunner.of(spec, infer)
-    former = Scorer.load(repository / stage_model(guard, "scorer") / str(old["release"]) / "scorer.npz")
-    scorer = fit_scorer(new, run, splits, former.head)
+    scorer = fit_scorer(new, run, splits, former.scorer.head)
     attacked = work / str(old["attacked"])
     figures, labels = measured(new, run, scorer, splits, attacked if attacked.is_dir() else None)
     table: PrecisionTable = old["precisions"]
@@ -97,11 +93,6 @@ def recalibrate_with(infer: Infer, repository: Path, guard: str, work: Path, ask
     if not figures["attacks"]:
         console.print(f"  no attacked images in {work}: the card has no attack figures; --work names the folder of `noisec build`")
     return new.release
-
-
-def stage_folders(repository: Path, guard: str, release: int) -> dict[str, Path]:
-    """Network stage -> its folder in one release."""
-    return {stage: repository / stage_model(guard, stage) / str(release) for stage in ("autoencoder", "classifier")}
 
 
 def agreement_with_graph(stages: dict[str, Path], splits: Splits, labels: Any) -> float:

@@ -409,6 +409,15 @@ def changed(spec: GuardSpec, **values: Any) -> GuardSpec:
     return _validated({**dict(spec), **values}, f"{spec.name} cannot be changed so")
 
 
+def spec_of(content: Mapping[str, Any]) -> GuardSpec:
+    """The specification in a manifest.
+
+    Raises:
+        NoisecError: this version does not know it.
+    """
+    return _validated(content["spec"], f"{content['guard']} release {content['release']}: not a specification of this version of noisec")
+
+
 def _validated(content: Mapping[str, Any], refusal: str) -> GuardSpec:
     try:
         return GuardSpec.model_validate(content)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from noisec.builders.audit.ban import AuditSettings, Balanced, audit, balanced_halves, calibrate, checked_counts
 from noisec.builders.audit.baselines import CleanseSettings, DecouplingSettings, anomaly, bti_dbf, neural_cleanse
 from noisec.builders.audit.checks import frozen
-from noisec.builders.audit.evidence import UNKNOWN, Evidence, excess
+from noisec.builders.audit.evidence import STATISTICS, UNKNOWN, Evidence, excess
 from noisec.builders.audit.guard import said
 from noisec.builders.audit.margins import largest_margins
 from noisec.builders.audit.masks import SplitNetwork
@@ -319,16 +319,17 @@ def test_a_target_that_one_small_perturbation_reaches_stands_out():
     random = np.random.default_rng(2)
     shares, usual = (0.4, 0.3, 0.1, 0.1, 0.1), np.array([-2.0, -9.0, -6.0, -7.0, -5.0])
     clean = [replace(EVIDENCE, histogram=shares, universal=tuple(usual * random.uniform(0.9, 1.1, 5))) for _ in range(6)]
-    reference = fit_reference(clean[:5], 0.05)
+    reference = fit_reference(clean[:5], 0.05, STATISTICS)
     assert not judged_by(clean[5], reference).backdoored
     bad = judged_by(replace(EVIDENCE, histogram=shares, universal=(-2.0, -9.0, 1.5, -7.0, -5.0)), reference)
     assert (bad.backdoored, bad.target) == (True, 2), "class 0 is nearest in clean classifiers, too"
-    assert bad.score == pytest.approx(0.5, abs=0.01), "the whole distance is gone, and the histogram is as usual"
+    assert bad.score == pytest.approx(1, abs=0.01), "the whole distance is gone, though the histogram is as usual"
     quieter = replace(EVIDENCE, histogram=shares, universal=tuple(usual / 3))
     assert not judged_by(quieter, reference).backdoored, "its logits are smaller, all of them"
     assert "brings it to +1.5 logits from the largest other one, in clean ones to -6" in said(bad, tuple("abcde"))
     with pytest.raises(NoisecError, match="without universal"):
         judged_by(replace(EVIDENCE, histogram=shares), reference)
+    assert judged_by(bad, fit_reference(clean[:5], 0.05)).score < 0.05, "no verdict rests on it unless asked for"
 
 
 def test_a_universal_perturbation_finds_the_pixels_that_a_class_listens_to():

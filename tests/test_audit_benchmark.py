@@ -117,8 +117,8 @@ def test_verdicts_rest_on_the_calibrated_thresholds(found):
             assert one.threshold == standard.thresholds["ban-chance" if by_chance else name]
             assert one.backdoored == (one.score > one.threshold)
             assert bool(one.reference) == compared
-            assert bool(one.reference_margins) == (name in ("ban", "ban-margins") and compared)
-            assert bool(one.reference_universal) == (name == "ban" and compared)
+            assert bool(one.reference_margins) == (name in ("ban", "ban-universal") and compared)
+            assert bool(one.reference_universal) == (name == "ban-universal" and compared)
     evidence = found[0].judged[0][1]["ban"]
     assert judged_at({"neural-cleanse": evidence}, {})["neural-cleanse"] == evidence
 

@@ -49,7 +49,7 @@ FACTS = {
 
 @pytest.fixture(scope="module")
 def guard() -> Guard:
-    return Guard.read(REPOSITORY, GUARD)
+    return Guard.newest(REPOSITORY, GUARD)
 
 
 @WITHOUT_GPU

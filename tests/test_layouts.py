@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from noisec import contract, manifest
 from noisec.builders.compiling import compile_with
 from noisec.builders.layout import fuse, rearrange
-from noisec.builders.recalibrate import stage_folders
+from noisec.builders.release import Release
 from noisec.builders.repository import read_config
 from noisec.builders.spec import EngineOptions, GuardSpec, ServingSpec
 from noisec.builders.stages import StageRunner, in_process
@@ -227,14 +227,16 @@ def test_wrong_shapes_of_bytes_are_refused(byte_server, report):
 def test_builders_get_the_same_tensors_from_every_layout(name, pixels, request):
     repository = request.getfixturevalue(name)
     batch = pixels[:20]
-    tensors = [StageRunner.of(spec_of(one), in_process(stage_folders(one, GUARD, 1), 1)).batch(batch) for one in (REPOSITORY, repository)]
+    tensors = [
+        StageRunner.of(spec_of(one), in_process(Release.newest(one, GUARD).stages, 1)).batch(batch) for one in (REPOSITORY, repository)
+    ]
     assert tensors[0].keys() == tensors[1].keys()
     for key, wanted in tensors[0].items():
         np.testing.assert_allclose(tensors[1][key], wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_flow_through_a_fused_stage(fused, pixels):
-    stage = stage_folders(fused, GUARD, 1)["autoencoder"] / "model.onnx"
+    stage = Release.newest(fused, GUARD).stages["autoencoder"] / "model.onnx"
     images = torch.from_numpy(pixels[:8]).requires_grad_(True)
     answers = TorchGraph(stage).named(images)
     session = open_session(stage)
@@ -246,13 +248,13 @@ def test_gradients_flow_through_a_fused_stage(fused, pixels):
 
 
 def test_a_stage_of_bytes_takes_no_noise(bytewise, pixels):
-    infer = in_process(stage_folders(bytewise, GUARD, 1), 1)
+    infer = in_process(Release.newest(bytewise, GUARD).stages, 1)
     with pytest.raises(NoisecError, match="takes bytes"):
         infer("classifier", pixels[:2] - 0.5, [contract.PENULTIMATE])
 
 
 def test_graphs_of_different_opsets_are_joined(pixels, fused, tmp_path):
-    folders = stage_folders(REPOSITORY, GUARD, 1)
+    folders = Release.newest(REPOSITORY, GUARD).stages
     autoencoder, classifier = (onnx.load(folders[stage] / "model.onnx") for stage in ("autoencoder", "classifier"))
     older = onnx.version_converter.convert_version(classifier, 16)
     onnx.save(fuse(autoencoder, older, spec_of(fused)), tmp_path / "model.onnx")

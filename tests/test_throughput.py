@@ -31,7 +31,7 @@ TINY = Plan(seconds=SHORT, rounds=1, batches=(8,), clients=(2,), singles=(1,), l
 
 @pytest.fixture(scope="module")
 def target():
-    return Target.open(REPOSITORY, GUARD)
+    return Target.newest(REPOSITORY, GUARD)
 
 
 @pytest.fixture(scope="module")

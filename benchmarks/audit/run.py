@@ -34,9 +34,9 @@ from noisec.benchmarks.audit.zoo import (
 )
 from noisec.builders.audit.ban import AuditSettings, audit, calibrate
 from noisec.builders.audit.baselines import CleanseSettings, DecouplingSettings, bti_dbf, neural_cleanse
-from noisec.builders.audit.evidence import Evidence
+from noisec.builders.audit.evidence import STATISTICS, Evidence
 from noisec.builders.audit.measure import accuracy, attack_success
-from noisec.builders.audit.reference import fit_reference, judged_by
+from noisec.builders.audit.reference import VERDICT, fit_reference, judged_by
 from noisec.builders.audit.repair import RepairSettings, repair
 from noisec.builders.build import versions
 from noisec.builders.images import Images
@@ -54,18 +54,16 @@ RATES = (0.05, 0.1)
 MOST_LOST = 0.03
 """clean accuracy that the chosen rate may cost"""
 TUNING_ATTACK = "blend"
-COMPARED = ("ban", "ban-margins", "ban-shares")
-"""methods that are compared with clean classifiers of the family"""
+COMPARED = {"ban": VERDICT, "ban-universal": tuple(STATISTICS), "ban-shares": VERDICT[:1]}
+"""methods that are compared with clean classifiers of the family, and the statistics that their verdicts rest on"""
 
 
 @dataclass(frozen=True)
 class Methods:
     """What the methods are run with."""
 
-    ban: AuditSettings = field(default_factory=AuditSettings)
-    published: AuditSettings = field(
-        default_factory=lambda: AuditSettings(eps=0.3, steps=30, features="complement", repeats=1, starts=0, shared=0)
-    )
+    ban: AuditSettings = field(default_factory=lambda: AuditSettings(shared=16))
+    published: AuditSettings = field(default_factory=lambda: AuditSettings(eps=0.3, steps=30, features="complement", repeats=1, starts=0))
     decoupling: DecouplingSettings = field(default_factory=DecouplingSettings)
     cleanse: CleanseSettings = field(default_factory=lambda: CleanseSettings(steps=100))
     repair: RepairSettings = field(default_factory=RepairSettings)
@@ -145,7 +143,9 @@ class Benchmark:
     def standard(self, recipes: Sequence[Recipe]) -> Standard:
         """What clean classifiers say of others like them."""
         calibration = [(model, self.judge(model)) for model in map(self._next, recipes)]
-        references = {name: fit_reference([found[name] for _, found in calibration], FALSE_ALARM) for name in COMPARED}
+        references = {
+            name: fit_reference([found[name] for _, found in calibration], FALSE_ALARM, kinds) for name, kinds in COMPARED.items()
+        }
         own = [
             (model, {**found, **{name: replace(found[name], score=one.scores[row]) for name, one in references.items()}})
             for row, (model, found) in enumerate(calibration)
@@ -183,8 +183,7 @@ class Benchmark:
 
         content = json.loads((self.bench.step(f"audit-{recipe.text}", inputs, make) / "evidence.json").read_text())
         found = {name: Evidence.of(one) for name, one in content.items()}
-        margins = replace(found["ban"], universal=())
-        return {**found, "ban-margins": margins, "ban-shares": replace(margins, margins=()), "ban-chance": found["ban"]}
+        return {**found, **dict.fromkeys(["ban-universal", "ban-shares", "ban-chance"], found["ban"])}
 
     def choose_rate(self, family: str, standards: Mapping[str, Standard]) -> tuple[float, dict[str, dict[str, float]]]:
         """The repair's learning rate, chosen on a backdoored classifier that is not reported: of the rates that cost at most `MOST_LOST`
@@ -333,8 +332,11 @@ def _facts(benchmark: Benchmark, found: Sequence[Found], command: str, seconds: 
         "ones after a second; with three of these, one family's threshold was so high that its unbalanced backdoor passed, so there are as "
         "many as of the balanced ones; the largest margins came after a third look, their search chosen on three VGGs that are not "
         "reported, how they join the shares while looking at the VGGs and at the first seed of each backdoor of the others, but at no "
-        "other second seed (except one ResNet's) or hard case; that the repair aims at the suspected class came after its results without, "
-        "its settings chosen on two ResNets that are not reported (blend, iad)",
+        "other second seed (except one ResNet's) or hard case; all of that was settled before the third seeds of the backdoors and the "
+        "clean ones from the fourth on were judged; the universal perturbations came after two Blends and a Bpp had been missed, chosen on "
+        "seventeen classifiers that are not reported; no verdict of this project rests on them, as two ways to join them called reported "
+        "clean ones backdoored; for their time the repeats of BAN went from six to five; that the repair aims at the suspected class came "
+        "after its results without, its settings chosen on two ResNets that are not reported (blend, iad)",
         "settings": {name: asdict(one) for name, one in vars(plan.methods).items()},
     }
 

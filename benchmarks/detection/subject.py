@@ -16,13 +16,11 @@ from noisec.builders import datasets
 from noisec.builders.head import read_head
 from noisec.builders.images import BATCH, Floats, Splits, in_batches
 from noisec.builders.protect import Protected
+from noisec.builders.release import Release
 from noisec.builders.repository import read_widths
-from noisec.builders.spec import GuardSpec
 from noisec.builders.stages import StageRunner, Tensors, in_process
 from noisec.builders.torchgraph import TorchGraph
-from noisec.contract import stage_model
 from noisec.python_backend.scorer.detectors import Head
-from noisec.python_backend.scorer.scoring import Scorer
 
 
 class Answering(nn.Module):
@@ -44,13 +42,9 @@ class Answering(nn.Module):
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A guard's newest release."""
+class Subject(Release):
+    """A release, and the images that its guard was built with."""
 
-    repository: Path
-    name: str
-    release: int
-    spec: GuardSpec
     splits: Splits
 
     @classmethod
@@ -63,26 +57,16 @@ class Subject:
         Raises:
             NoisecError: the guard or its data is not there.
         """
-        content = manifest.read_manifest(repository, name)
-        spec = GuardSpec.model_validate(content["spec"])
-        return cls(repository, name, content["release"], spec, datasets.load_splits(spec.data, spec.seed, cache=work / "images"))
-
-    @property
-    def stages(self) -> dict[str, Path]:
-        """Network stage -> its folder."""
-        return {stage: self.repository / stage_model(self.name, stage) / str(self.release) for stage in ("autoencoder", "classifier")}
+        found = Release.newest(repository, name)
+        splits = datasets.load_splits(found.spec.data, found.spec.seed, cache=work / "images")
+        return cls(repository, name, found.release, found.spec, splits)
 
     @cached_property
     def digests(self) -> dict[str, str]:
         """What every result depends on: SHA-256 of the stages and the scorer, and of the images."""
         files = {stage: folder / "model.onnx" for stage, folder in self.stages.items()}
-        files["scorer"] = self.repository / stage_model(self.name, "scorer") / str(self.release) / "scorer.npz"
+        files["scorer"] = self.folder("scorer") / "scorer.npz"
         return {**{name: manifest.digest(path) for name, path in files.items()}, "data": str(self.spec.data), "files": self.splits.digest}
-
-    @cached_property
-    def scorer(self) -> Scorer:
-        """The guard's own."""
-        return Scorer.load(self.repository / stage_model(self.name, "scorer") / str(self.release) / "scorer.npz")
 
     @cached_property
     def head(self) -> Head:

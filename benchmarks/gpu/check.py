@@ -130,7 +130,7 @@ def compile_copy(trt: ModuleType, guard: Guard, graphs: Mapping[str, Path], targ
             shutil.copyfile(path, copy.folder(stage) / path.name)
     _sign(copy)
     compile_with(trt, compute_capability(), target, guard.name, EngineOptions())
-    return Guard.read(target, guard.name)
+    return Guard.newest(target, guard.name)
 
 
 def publish(guard: Guard, scorer: Scorer) -> None:
@@ -189,7 +189,7 @@ def run_check(repository: Path, name: str, folder: Path, out: Path) -> Result:
         raise NoisecError("no NVIDIA GPU on this machine: the GPU check measures one; nothing was written")
     if not torch.cuda.is_available():
         raise NoisecError(f"torch {torch.__version__} cannot use this machine's NVIDIA GPU: install a build for CUDA; nothing was written")
-    guard = Guard.read(repository, name)
+    guard = Guard.newest(repository, name)
     prepared = Prepared.load(folder, guard.digests)
     result = Result(out, {**machine(), "guard": name, "release": guard.release})
     reference, images = in_process(guard.stages), prepared.splits.report[:VERIFIED].floats()
@@ -199,7 +199,7 @@ def run_check(repository: Path, name: str, folder: Path, out: Path) -> Result:
     with result.part(f"detection on {cpu}"):
         result.content["detection"][cpu] = detection(guard, reference, prepared)[1]
     with result.part(f"serving {cpu}"):
-        serve(guard, cpu, reference, guard.scorer(), images, result)
+        serve(guard, cpu, reference, guard.scorer, images, result)
     check_plans(guard, prepared, exact, result)
     console.print(f"{result.write()}: written, and the same as JSON beside it")
     return result

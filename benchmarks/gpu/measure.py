@@ -47,7 +47,7 @@ def differences(found: Tensors, wanted: Tensors, exact: Tensors) -> dict[str, An
 def detection(guard: Guard, infer: Infer, prepared: Prepared) -> tuple[Scorer, dict[str, Any]]:
     """A scorer refitted on what the stages answer, and what it catches."""
     run = guard.runner(infer)
-    scorer = fit_scorer(guard.spec, run, prepared.splits, guard.scorer().head)
+    scorer = fit_scorer(guard.spec, run, prepared.splits, guard.scorer.head)
     return scorer, measured(guard.spec, run, scorer, prepared.splits, prepared.attacked)[0]
 
 

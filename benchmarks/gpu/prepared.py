@@ -12,12 +12,11 @@ import numpy as np
 from noisec import manifest
 from noisec.builders.images import Images, Splits
 from noisec.builders.precision import STAGE
+from noisec.builders.release import Release
 from noisec.builders.repository import passes_needed
-from noisec.builders.spec import NETWORK_STAGES, GuardSpec
+from noisec.builders.spec import NETWORK_STAGES
 from noisec.builders.stages import Infer, StageRunner
-from noisec.contract import stage_model
 from noisec.errors import NoisecError
-from noisec.python_backend.scorer.scoring import Scorer
 
 PREPARED = Path("build/gpu/prepared")
 FACTS, ATTACKED = "prepared.json", "attacked"
@@ -70,35 +69,13 @@ class Prepared:
         (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
 
 
-@dataclass(frozen=True)
-class Guard:
-    """The newest release of a guard, as it lies in a repository."""
-
-    repository: Path
-    name: str
-    release: int
-    spec: GuardSpec
-
-    @classmethod
-    def read(cls, repository: Path, name: str) -> Guard:
-        content = manifest.read_manifest(repository, name)
-        return cls(repository, name, content["release"], GuardSpec.model_validate(content["spec"]))
-
-    def folder(self, stage: str) -> Path:
-        return self.repository / stage_model(self.name, stage) / str(self.release)
-
-    @property
-    def stages(self) -> dict[str, Path]:
-        return {stage: self.folder(stage) for stage in NETWORK_STAGES}
+class Guard(Release):
+    """A release, and how its stages are asked."""
 
     @property
     def digests(self) -> dict[str, str]:
         """stage -> SHA-256 of its graph"""
         return {stage: manifest.digest(folder / STAGE) for stage, folder in self.stages.items()}
-
-    def scorer(self) -> Scorer:
-        """The release's own."""
-        return Scorer.load(self.folder("scorer") / "scorer.npz")
 
     def runner(self, infer: Infer) -> StageRunner:
         return StageRunner(infer, passes_needed(self.spec), self.spec.noise_source)

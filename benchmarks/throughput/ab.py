@@ -62,7 +62,7 @@ def serving(guard: str, arm: str) -> Iterator[Arm]:
     repository, _, site = place.partition("@")
     if not repository:
         raise NoisecError(f"{arm}: an arm is name=REPOSITORY or name=REPOSITORY@SITE")
-    images = Target.open(Path(repository), guard).images(Path(tempfile.gettempdir(), "noisec-ab"))
+    images = Target.newest(Path(repository), guard).images(Path(tempfile.gettempdir(), "noisec-ab"))
     command = [sys.executable, "-m", "noisec", "serve", str(Path(repository).resolve())]
     ports = [word for port in ("http", "grpc", "metrics") for word in (f"--{port}-port", "0")]
     environment = os.environ | ({"PYTHONPATH": str(Path(site).resolve())} if site else {})

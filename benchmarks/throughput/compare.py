@@ -56,8 +56,8 @@ def compare_peer(
 
     def asked(part: Part, settings: Settings, chosen: Sequence[tuple[int, int]], turns: int, beside: bool) -> list[Row]:
         rows: list[Row] = []
-        with running(peer, environment, target.repository, target.guard, settings) as server:
-            connect = partial(connection, peer.name, target.guard, server.port)
+        with running(peer, environment, target.repository, target.name, settings) as server:
+            connect = partial(connection, peer.name, target.name, server.port)
             for batch, clients in [one for _ in range(turns) for one in chosen]:
                 others = {GUARD: own(batch)} if beside else {}
                 for what, traffic in {peer.name: Traffic(connect, batch), **others}.items():

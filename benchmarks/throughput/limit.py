@@ -20,7 +20,6 @@ from noisec import contract
 from noisec.benchmarks.throughput.load import Images, stored
 from noisec.benchmarks.throughput.target import Target
 from noisec.builders.stages import StageRunner, in_process
-from noisec.python_backend.scorer.scoring import Scorer
 
 What = Literal["guard", "classifier"]
 WARM_UP = 0.2
@@ -53,7 +52,7 @@ class Computation:
     def __init__(self, target: Target, threads: int) -> None:
         self._infer = in_process(target.stages, threads)
         self._run = StageRunner.of(target.spec, self._infer)
-        self._scorer = Scorer.load(target.scorer)
+        self._scorer = target.scorer
         self._memory = self._scorer.new_memory()
 
     def classifier(self, images: Images) -> npt.NDArray[np.int64]:

@@ -162,7 +162,7 @@ class Benchmark:
 
     def labels(self) -> None:
         """Label-only requests to the guard, and the same requests to the bare classifier, in turns."""
-        models = {LABELS: self.target.guard, CLASSIFIER: self.target.classifier}
+        models = {LABELS: self.target.name, CLASSIFIER: self.target.classifier}
         for _ in range(self.plan.rounds):
             for batch, clients in sorted({(self.best.batch, self.best.clients), (1, MANY)}):
                 for what, model in models.items():
@@ -182,13 +182,13 @@ class Benchmark:
         for load in self.plan.loads:
             for _ in range(self.plan.rounds if load == 0.5 else 1):
                 found = self.perf.measure(
-                    self.url, self.target.guard, self.data, 1, 0, max(2.0, self.plan.seconds), rate=round(self._rate(load), 1)
+                    self.url, self.target.name, self.data, 1, 0, max(2.0, self.plan.seconds), rate=round(self._rate(load), 1)
                 )
                 self.rows.append(of_perf("arrivals", found, self._rate(load), f"{load:g} of the throughput"))
 
     def mixed(self) -> None:
         """Several batch sizes and choices of outputs at once."""
-        traffic = [Traffic(self._connect(self.target.guard, outputs), batch, weight) for batch, outputs, weight in MIXED]
+        traffic = [Traffic(self._connect(self.target.name, outputs), batch, weight) for batch, outputs, weight in MIXED]
         with self._observed("mixed traffic"):
             found = self.load.closed(traffic, MANY, self.plan.seconds)
         self.rows.append(of_load("mixed", GUARD, found, 0, MANY))
@@ -218,18 +218,18 @@ class Benchmark:
         return load * middle(choose(self.rows, "side by side", tool="perf_analyzer", clients=MANY, batch=1))
 
     def _both(self, batch: int) -> Traffic:
-        return Traffic(self._connect(self.target.guard, contract.OUTPUTS), batch)
+        return Traffic(self._connect(self.target.name, contract.OUTPUTS), batch)
 
     def _connect(self, model: str, outputs: Sequence[str]) -> Connect:
         return partial(triton, self.url, model, tuple(outputs))
 
     def _perf(self, part: Part, batch: int, clients: int, *, shared_memory: bool = False) -> None:
-        found = self.perf.measure(self.url, self.target.guard, self.data, batch, clients, self.plan.seconds, shared_memory=shared_memory)
+        found = self.perf.measure(self.url, self.target.name, self.data, batch, clients, self.plan.seconds, shared_memory=shared_memory)
         self.rows.append(of_perf(part, found, note="shared memory" if shared_memory else ""))
 
     @contextmanager
     def _observed(self, during: str) -> Iterator[None]:
-        models, own = manifest.models(self.target.guard), self.processes
+        models, own = manifest.models(self.target.name), self.processes
         before, used, start = statistics.read(self.url, models), statistics.usage(own), time.monotonic()
         yield
         after, now = statistics.read(self.url, models), statistics.usage(own)
@@ -250,7 +250,7 @@ def run_benchmark(repository: Path, guard: str, plan: Plan, work: Path, out: Pat
     from noisec.benchmarks.throughput.compare import peers_named
 
     peers = peers_named(plan.peers)
-    start, target, perf = time.monotonic(), Target.open(repository, guard), find_perf_analyzer()
+    start, target, perf = time.monotonic(), Target.newest(repository, guard), find_perf_analyzer()
     images = target.images(work / guard / "images")
     if plan.soak and url:
         raise NoisecError(f"--soak {plan.soak:g} with --url {url}: the memory of a server elsewhere cannot be seen; leave one of them out")

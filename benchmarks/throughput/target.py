@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
-from noisec import manifest
 from noisec.builders.datasets import SOURCES
+from noisec.builders.release import Release
 from noisec.builders.sources.faults import Faults
-from noisec.builders.spec import GuardSpec
 from noisec.clients.requests import Pixels
 from noisec.contract import stage_model
 
@@ -21,39 +19,13 @@ SHIPPED = {"fashion-mnist": "fashion-mnist-test"}
 """sources part of which ships with the package -> that part"""
 
 
-@dataclass(frozen=True)
-class Target:
-    """A guard's newest release: where its files are, and which passes it makes of them."""
-
-    repository: Path
-    guard: str
-    release: int
-    spec: GuardSpec
-
-    @classmethod
-    def open(cls, repository: Path, guard: str) -> Target:
-        """Read a guard.
-
-        Raises:
-            NoisecError: the repository does not hold it.
-        """
-        content = manifest.read_manifest(repository, guard)
-        return cls(repository, guard, content["release"], GuardSpec.model_validate(content["spec"]))
-
-    @property
-    def stages(self) -> dict[str, Path]:
-        """Network stage -> folder with its ``model.onnx``."""
-        return {stage: self._folder(stage) for stage in ("autoencoder", "classifier")}
+class Target(Release):
+    """A release, and images for it."""
 
     @property
     def classifier(self) -> str:
         """Triton model name of the bare classifier."""
-        return stage_model(self.guard, "classifier")
-
-    @property
-    def scorer(self) -> Path:
-        """The scorer's artefact."""
-        return self._folder("scorer") / "scorer.npz"
+        return stage_model(self.name, "classifier")
 
     @property
     def largest(self) -> int:
@@ -75,6 +47,3 @@ class Target:
         pools = SOURCES[SHIPPED.get(data.source, data.source)](data, cache, Faults())
         pool = (pools.learn if pools.held_out is None else pools.held_out)[:count]
         return pool.pixels if self.spec.serving.input == "uint8" else pool.floats()
-
-    def _folder(self, stage: str) -> Path:
-        return self.repository / stage_model(self.guard, stage) / str(self.release)

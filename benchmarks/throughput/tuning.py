@@ -112,7 +112,7 @@ def tune(repository: Path, guard: str, wish: Wish, seconds: float, cache: Path, 
     Raises:
         NoisecError: the guard or its data is not there, its server does not start, or it takes no requests of that size.
     """
-    target = Target.open(repository, guard)
+    target = Target.newest(repository, guard)
     present = target.spec.serving
     if wish.batch > present.max_batch_size:
         raise NoisecError(f"--batch {wish.batch}: {guard} takes at most {present.max_batch_size} images in a request")
@@ -159,7 +159,7 @@ def _measure(load: Generator, guard: str, wish: Wish, seconds: float, url: str) 
 def served(target: Target, serving: ServingSpec) -> Iterator[str]:
     """gRPC address of a server with a copy of the guard's newest release, served so."""
     with tempfile.TemporaryDirectory() as folder:
-        rearrange(target.repository, target.guard, serving, Path(folder))
+        rearrange(target.repository, target.name, serving, Path(folder))
         with EmbeddedServer(Path(folder)) as server:
             yield server.grpc_url
 

@@ -3,8 +3,7 @@
 Noise on the neurons that makes a clean network fail makes it fail in all directions; a backdoored one fails towards the backdoor's
 target. The published code shows a histogram of labels and leaves the verdict to the reader. Here the verdict is ``score > threshold``,
 the score being how far the share of held-out clean images with one label lies above chance, or above what clean classifiers of the
-same family give that label; against such a reference the classes' largest margins and universal perturbations count too
-(`noisec.builders.audit.reference`).
+same family give that label; against such a reference the classes' largest margins count too (`noisec.builders.audit.reference`).
 """
 
 from __future__ import annotations
@@ -65,8 +64,8 @@ class AuditSettings:
     """images from which each class's largest margin is searched; 0 leaves it out"""
     ascents: int = 50
     """steps of that search"""
-    shared: int = 16
-    """images that each class's universal perturbation is searched on; 0 leaves it out"""
+    shared: int = 0
+    """images that each class's universal perturbation is searched on; 0 leaves it out, as no verdict rests on it unless asked for"""
     norm: float = 0.7
     """its largest L2 norm, pixels in [0, 1]"""
     shifts: int = 8

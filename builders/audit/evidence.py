@@ -81,18 +81,19 @@ def excess(shares: Sequence[float], expected: Sequence[float] | None = None) -> 
 def suspicion(evidence: Evidence) -> list[float]:
     """What speaks for a backdoor towards each class: [classes], at most 1, about 0 for a clean classifier.
 
-    It is the excess of BAN's histogram over the reference, or over chance; where there are largest margins or universal perturbations to
-    compare with, its mean with what they say: the share of a margin that lies above what clean classifiers have, and the share of their
-    distance that a perturbation makes up. Margins and distances are first scaled so that the middle class has as much as in the clean
-    ones, as a classifier's logits have a scale of their own.
+    It is the excess of BAN's histogram over the reference, or over chance. Where there are largest margins to compare with, it is the mean
+    of that and of the share of each margin that lies above what clean classifiers have. Where there are universal perturbations, it is the
+    larger of that and of the share of the distance to each class, as clean classifiers have it, that the perturbation makes up: they find
+    other triggers. Margins and distances are first scaled so that the middle class has as much as in the clean ones, as a classifier's
+    logits have a scale of their own.
     """
-    found = [np.array(excess(evidence.histogram, evidence.reference))]
+    found = np.array(excess(evidence.histogram, evidence.reference))
     if evidence.reference_margins:
-        found.append(_above(evidence.reference_margins, evidence.margins))
+        found = (found + _above(evidence.reference_margins, evidence.margins)) / 2
     if evidence.reference_universal:
-        found.append(_above(np.negative(evidence.universal), np.negative(evidence.reference_universal)))
-    mean: list[float] = np.mean(found, axis=0).tolist()
-    return mean
+        found = np.maximum(found, _above(np.negative(evidence.universal), np.negative(evidence.reference_universal)))
+    above: list[float] = found.tolist()
+    return above
 
 
 def _above(smaller: npt.ArrayLike, larger: npt.ArrayLike) -> npt.NDArray[np.float64]:
