@@ -27,7 +27,7 @@ from noisec.builders.workbench import Workbench
 from noisec.cli import app
 from noisec.errors import NoisecError
 
-QUICK = AuditSettings(samples=80, steps=2, mask_epochs=1, repeats=1)
+QUICK = AuditSettings(samples=80, steps=2, mask_epochs=1, repeats=1, shared=4)
 METHODS = Methods(
     QUICK, replace(QUICK, features="complement"), DecouplingSettings(samples=80, mask_epochs=1, epochs=1), repair=RepairSettings(epochs=1)
 )

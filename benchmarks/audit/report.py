@@ -59,7 +59,7 @@ scores). BAN with this project's settings compares each label's share, and the l
 among these classifiers, where a classifier has their classes in their balance; those of unbalanced data, clean or backdoored, have
 further clean ones of the same imbalance to be compared with, for all methods, and those of few classes are compared with chance, by their
 shares alone. "Or universal perturbations" (USB) takes the larger of that and of how far one small perturbation for all images gets; its
-search is in the seconds of this project's settings. Neural Cleanse has no such score, is slow, and judges a part of the
+search takes the place of one of six repeats. Neural Cleanse has no such score, is slow, and judges a part of the
 zoo at its paper's anomaly index. BTI-DBF is written anew from its paper. A backdoor whose attack success is below {percent(TOOK, 0)} did
 not take: it is named and counts nowhere. The classifiers of the hard clean cases are trained on what they are named after; a defender
 audits them with images like all others'."""

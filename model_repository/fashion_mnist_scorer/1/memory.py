@@ -51,7 +51,7 @@ class Memory:
             activations: float32 [n, d], the images' penultimate activations
 
         Returns:
-            bool [n], False for activations that are not finite
+            bool [n]; what it is for activations that are not finite does not matter, they are malicious anyway
         """
         with np.errstate(over="ignore", invalid="ignore"):
             rows = (activations - self._rule.centre).astype(np.float32)
