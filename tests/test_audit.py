@@ -326,7 +326,6 @@ def test_a_target_that_one_small_perturbation_reaches_stands_out():
     assert bad.score == pytest.approx(1, abs=0.01), "the whole distance is gone, though the histogram is as usual"
     quieter = replace(EVIDENCE, histogram=shares, universal=tuple(usual / 3))
     assert not judged_by(quieter, reference).backdoored, "its logits are smaller, all of them"
-    assert "brings it to +1.5 logits from the largest other one, in clean ones to -6" in said(bad, tuple("abcde"))
     with pytest.raises(NoisecError, match="without universal"):
         judged_by(replace(EVIDENCE, histogram=shares), reference)
     assert judged_by(bad, fit_reference(clean[:5], 0.05)).score < 0.05, "no verdict rests on it unless asked for"

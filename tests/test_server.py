@@ -59,6 +59,26 @@ def test_serve_is_ready_in_ten_seconds_and_stops_without_a_trace(pixels, number)
     assert not [region for region in regions if region.exists()]
 
 
+def test_what_another_users_dead_server_left_stops_nobody(monkeypatch):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = Path("/dev/shm", f"noisec-{ended.pid}-left")
+    left.touch()
+
+    def refused(path, missing_ok=False):
+        raise PermissionError(1, "Operation not permitted")
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", refused)
+            _remove_abandoned()
+        assert left.exists()
+        _remove_abandoned()
+        assert not left.exists()
+    finally:
+        left.unlink(missing_ok=True)
+
+
 def test_a_killed_parent_leaves_no_orphans():
     process, _ = start_serving(REPOSITORY)
     children = psutil.Process(process.pid).children(recursive=True)

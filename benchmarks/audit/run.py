@@ -336,8 +336,8 @@ def _facts(benchmark: Benchmark, found: Sequence[Found], command: str, seconds: 
         "other second seed (except one ResNet's) or hard case; all of that was settled before the third seeds of the backdoors and the "
         "clean ones from the fourth on were judged; the universal perturbations came after two Blends and a Bpp had been missed, chosen on "
         "seventeen classifiers that are not reported; no verdict of this project rests on them, as two ways to join them called reported "
-        "clean ones backdoored; in their time BAN makes five of its six repeats here; that the repair aims at the suspected class came "
-        "after its results without, its settings chosen on two ResNets that are not reported (blend, iad)",
+        "clean ones backdoored, one of the new ones among them; in their time BAN makes five of its six repeats here; that the repair aims "
+        "at the suspected class came after its results without, its settings chosen on two ResNets that are not reported (blend, iad)",
         "settings": {name: asdict(one) for name, one in vars(plan.methods).items()},
     }
 

@@ -93,7 +93,9 @@ class Plan:
         Raises:
             NoisecError: an attack, an epsilon or a backdoor is none, or the classifier has no gradients for it.
         """
-        attacks, _ = ([AttackSpec.parse(name) for name in names] for names in (self.attacks, self.black_box))
+        attacks = [AttackSpec.parse(name) for name in self.attacks]
+        for name in self.black_box:
+            AttackSpec.parse(name)
         unknown = sorted(set(self.triggers) - set(TRIGGERS))
         if unknown:
             raise NoisecError(f"--triggers {', '.join(unknown)}: no such backdoor; there are {', '.join(TRIGGERS)}")

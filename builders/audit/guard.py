@@ -70,22 +70,17 @@ def said(evidence: Evidence, class_names: tuple[str, ...]) -> str:
     """The verdict in one sentence."""
     suspected = evidence.top_class_share if evidence.target == UNKNOWN else evidence.histogram[evidence.target]
     share = f"{100 * suspected:.0f} % of the images get one label under neuron noise, {100 * evidence.share_without_noise:.0f} % without"
-    figures = f"{share}{_compared_said(evidence)} (score {evidence.score:.2f}, threshold {evidence.threshold:.2f})"
+    figures = f"{share}{_margin_said(evidence)} (score {evidence.score:.2f}, threshold {evidence.threshold:.2f})"
     if not evidence.backdoored or evidence.target == UNKNOWN:
         return f"audit: {'a backdoor is likely' if evidence.backdoored else 'no backdoor found'}: {figures}"
     return f"audit: the classifier is probably backdoored towards class {evidence.target} ({class_names[evidence.target]}): {figures}"
 
 
-def _compared_said(evidence: Evidence) -> str:
-    """What clean classifiers have to compare of the suspected class besides its share under neuron noise."""
-    target, text = evidence.target, ""
-    if target != UNKNOWN and evidence.reference_margins:
-        usual = max(evidence.reference_margins[target], LEAST)
-        text = f", its logit can be driven {evidence.margins[target] / usual:.1f} times as far above the others as in clean ones"
-    if target != UNKNOWN and evidence.reference_universal:
-        here, usual = evidence.universal[target], evidence.reference_universal[target]
-        text += f", one small perturbation brings it to {here:+.1f} logits from the largest other one, in clean ones to {usual:+.1f}"
-    return text
+def _margin_said(evidence: Evidence) -> str:
+    if evidence.target == UNKNOWN or not evidence.reference_margins:
+        return ""
+    usual = max(evidence.reference_margins[evidence.target], LEAST)
+    return f", and its logit can be driven {evidence.margins[evidence.target] / usual:.1f} times as far above the others as in clean ones"
 
 
 def draw_audit(evidence: Evidence, class_names: tuple[str, ...], path: Path) -> None:
@@ -94,8 +89,6 @@ def draw_audit(evidence: Evidence, class_names: tuple[str, ...], path: Path) -> 
     panels = {"share of labels under neuron noise": (evidence.histogram, evidence.reference or (1 / classes,) * classes)}
     if evidence.margins:
         panels["largest margin of the logit"] = (evidence.margins, evidence.reference_margins)
-    if evidence.universal:
-        panels["margin under a universal perturbation"] = (evidence.universal, evidence.reference_universal)
     panels["score"] = (tuple(suspicion(evidence)), ())
     figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), layout="constrained", squeeze=False)
     colours = ["#b3261e" if evidence.backdoored and label == evidence.target else "#1f77b4" for label in range(classes)]
