@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import noisec
 from noisec import contract, manifest
 from noisec.builders import datasets, sanity
+from noisec.builders.amplified import with_amplified_pass
 from noisec.builders.audit.guard import audit_problems, audit_protected, said
 from noisec.builders.card import write_card
 from noisec.builders.engine import compute_capability, find_tensorrt
@@ -105,7 +107,7 @@ def build_autoencoder(spec: GuardSpec, splits: Splits, bench: Workbench, classif
     """Folder with the autoencoder stage, trained, exported and compared with its network.
 
     Args:
-        classifier: folder of the classifier stage, by which a guided denoiser is trained
+        classifier: folder of the classifier stage, by which a guided denoiser is trained, and which is amplified
     """
     described = depended_on(spec.autoencoder)
     guided = described.pop("guidance") > 0
@@ -126,7 +128,16 @@ def build_autoencoder(spec: GuardSpec, splits: Splits, bench: Workbench, classif
         difference = export_difference(stage, folder / "model.onnx", splits.fit[:COMPARED].floats())
         (folder / "difference.json").write_text(json.dumps({"autoencoder": difference}))
 
-    return bench.step("autoencoder-stage", {"from": weights.name, "offset": offset}, export)
+    plain = bench.step("autoencoder-stage", {"from": weights.name, "offset": offset}, export)
+    if not spec.amplifies:
+        return plain
+
+    def amplify(folder: Path) -> None:
+        with_amplified_pass(plain, classifier, splits.fit, folder)
+        shutil.copyfile(plain / "difference.json", folder / "difference.json")
+
+    files = {"from": plain.name, "classifier": classifier.name, "data": str(spec.data), "files": splits.digest}
+    return bench.step("autoencoder-amplified", files, amplify)
 
 
 def versions() -> dict[str, str]:

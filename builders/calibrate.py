@@ -17,6 +17,7 @@ from noisec.builders.stages import StageRunner
 from noisec.errors import NoisecError
 from noisec.python_backend.scorer.detectors import (
     ClassGaussian,
+    Confidence,
     Divergence,
     Floats,
     GaussianMixture,
@@ -31,7 +32,7 @@ from noisec.python_backend.scorer.detectors import (
     squared_distances,
 )
 from noisec.python_backend.scorer.memory import Repeats
-from noisec.python_backend.scorer.scoring import Detector, Scorer, TailScale
+from noisec.python_backend.scorer.scoring import Detector, Scorer, TailScale, summed
 
 SCALE_SHARE = 0.25
 """share of the fit images that set the detectors' scales instead of their statistics"""
@@ -152,6 +153,7 @@ def fit_statistic(spec: DetectorSpec, view: View, seed: int) -> Statistic:
         "dimension": lambda: fit_dimension(view, seed),
         "mutation": lambda: fit_mutation(view, seed),
         "reconstruction-error": ReconstructionError,
+        "confidence": Confidence,
     }
     return fits[spec.kind]()
 
@@ -175,10 +177,16 @@ def fit_detector(spec: DetectorSpec, view: View, levels: npt.NDArray[np.intp], c
         view: of natural images
         levels: int [n], in [0, count)
     """
-    for_scale = np.arange(len(levels)) % round(1 / SCALE_SHARE) == 0
+    for_scale = sets_scales(len(levels))
     statistics = tuple(fit_statistic(spec, view[~for_scale & (levels == level)], seed) for level in range(count))
     scales = tuple(fit_scale(statistics[level].score(view[for_scale & (levels == level)])) for level in range(count))
     return Detector(spec.name, spec.kind, spec.inputs, statistics, scales)
+
+
+def sets_scales(count: int) -> npt.NDArray[np.bool_]:
+    """Which of the fit images set scales: every fourth, bool [count]."""
+    chosen: npt.NDArray[np.bool_] = np.arange(count) % round(1 / SCALE_SHARE) == 0
+    return chosen
 
 
 def fit_repeats(spec: MemorySpec, fit: View, calibration: View, seed: int) -> Repeats:
@@ -232,7 +240,10 @@ def fit_tensors(spec: GuardSpec, fit: Mapping[str, Floats], calibration: Mapping
         for one in spec.detectors
     )
     repeats = fit_repeats(spec.memory, image_view(fit, head), image_view(calibration, head), spec.seed) if spec.memory else None
-    scorer = Scorer(spec.release, spec.target_fpr, spec.fusion, edges, head, detectors, np.empty(0, np.float32), repeats)
+    scorer = Scorer(spec.release, spec.target_fpr, spec.fusion, edges, head, detectors, np.empty(0, np.float32), repeats=repeats)
+    if spec.fusion == "fisher" and scorer.apart.any() and not scorer.apart.all():
+        sums = summed(scorer.score_each(fit)[~scorer.apart][:, sets_scales(len(levels))])
+        scorer = replace(scorer, together=fit_scale(sums))
     return replace(scorer, calibration=np.sort(scorer.score(calibration)))
 
 

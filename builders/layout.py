@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import ModelProto, TensorProto, helper, version_converter
+from onnx import ModelProto, NodeProto, TensorProto, helper, version_converter
 
 from noisec import contract, manifest
 from noisec.builders.classifier import read_model
@@ -50,10 +50,15 @@ def arrange(spec: GuardSpec, plain: Mapping[Stage, Path], stage: Stage, folder: 
         graph = fuse(graph, read_model(plain["classifier"] / "model.onnx"), spec)
     if spec.serving.input == "uint8":
         graph = take_bytes(graph)
-    large = graph.ByteSize() > LARGEST_FILE
-    onnx.save(graph, folder / "model.onnx", save_as_external_data=large, location="model.onnx.data" if large else None)
+    save_model(graph, folder)
     if stage == "autoencoder":
         _compare(spec, plain, folder)
+
+
+def save_model(model: ModelProto, folder: Path) -> None:
+    """Write ``model.onnx``, with its weights beside it where they are too large for one file."""
+    large = model.ByteSize() > LARGEST_FILE
+    onnx.save(model, folder / "model.onnx", save_as_external_data=large, location="model.onnx.data" if large else None)
 
 
 def fuse(autoencoder: ModelProto, classifier: ModelProto, spec: GuardSpec) -> ModelProto:
@@ -61,31 +66,43 @@ def fuse(autoencoder: ModelProto, classifier: ModelProto, spec: GuardSpec) -> Mo
 
     The outputs are the autoencoder stage's own and the penultimate activations of :func:`noisec.builders.repository.fused_passes`.
     """
-    first, second = _same_opset(autoencoder, classifier)
-    first = onnx.compose.add_prefix(first, "autoencoder/", rename_inputs=False, rename_outputs=False)
-    second = onnx.compose.add_prefix(second, "classifier/")
     passes = fused_passes(spec)
     sources = {"noise": spec.noise_source, "reconstruction": contract.RECONSTRUCTION}
     names = [contract.PASSES[one] for one in passes]
     join = helper.make_node("Concat", [sources[one] for one in passes], [f"classifier/{contract.IMAGE}"], "join", axis=0)
     part = helper.make_node("Split", [f"classifier/{contract.PENULTIMATE}"], names, "part", axis=0, num_outputs=len(names))
+    return joined(autoencoder, classifier, join, part)
+
+
+def joined(autoencoder: ModelProto, classifier: ModelProto, before: NodeProto, after: NodeProto) -> ModelProto:
+    """The autoencoder stage with a classifier in it.
+
+    Args:
+        before: makes the classifier's input, ``PREFIX/IMAGE``, of what the stage has; the prefix is that of all the classifier's names
+        after: makes classifier passes of its ``PREFIX/PENULTIMATE``
+    """
+    (fed,) = before.output
+    first, second = _same_opset(autoencoder, classifier)
+    first = onnx.compose.add_prefix(first, "autoencoder/", rename_inputs=False, rename_outputs=False)
+    second = onnx.compose.add_prefix(second, fed.removesuffix(contract.IMAGE))
     features = next(value for value in classifier.graph.output if value.name == contract.PENULTIMATE).type.tensor_type.shape.dim[1]
+    made = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", features.dim_value]) for name in after.output]
     graph = helper.make_graph(
-        [*first.graph.node, join, *second.graph.node, part],
+        [*first.graph.node, before, *second.graph.node, after],
         "autoencoder and classifier",
         list(first.graph.input),
-        [*first.graph.output, *(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", features.dim_value]) for name in names)],
+        [*first.graph.output, *made],
         [*first.graph.initializer, *second.graph.initializer],
     )
     opsets = {entry.domain: entry for entry in (*second.opset_import, *first.opset_import)}
-    fused: ModelProto = helper.make_model(
+    whole: ModelProto = helper.make_model(
         graph,
         opset_imports=list(opsets.values()),
         ir_version=max(first.ir_version, second.ir_version),
         functions=[*first.functions, *second.functions],
         producer_name="noisec",
     )
-    return fused
+    return whole
 
 
 def _same_opset(*models: ModelProto) -> list[ModelProto]:

@@ -43,8 +43,13 @@ def passes_needed(spec: GuardSpec) -> tuple[contract.Pass, ...]:
 
 
 def fused_passes(spec: GuardSpec) -> tuple[contract.Pass, ...]:
-    """The classifier passes that the autoencoder stage makes itself."""
-    return tuple(one for one in passes_needed(spec) if one != "image") if spec.serving.layout != "staged" else ()
+    """The classifier passes that the layout puts into the autoencoder stage."""
+    return tuple(one for one in passes_needed(spec) if one in ("noise", "reconstruction")) if spec.serving.layout != "staged" else ()
+
+
+def own_passes(spec: GuardSpec) -> tuple[contract.Pass, ...]:
+    """The classifier passes that the autoencoder stage makes itself: those, and the amplified one in every layout."""
+    return tuple(one for one in passes_needed(spec) if one == "amplified" or one in fused_passes(spec))
 
 
 def scorer_inputs(spec: GuardSpec) -> tuple[str, ...]:
@@ -76,7 +81,7 @@ def network_config(spec: GuardSpec, stage: str, widths: Widths, plans: Mapping[s
             _tensor(contract.NOISE_LEVEL, (1,)),
             _tensor(contract.IN_RANGE, (1,)),
             *(_tensor(name, widths.shape) for name in spec.autoencoder_outputs if name == contract.NOISE_INPUT),
-            *(_tensor(contract.PASSES[one], (widths.features,)) for one in fused_passes(spec)),
+            *(_tensor(contract.PASSES[one], (widths.features,)) for one in own_passes(spec)),
         ],
         "classifier": [_tensor(contract.LOGITS, (widths.classes,)), _tensor(contract.PENULTIMATE, (widths.features,))],
     }
@@ -167,14 +172,14 @@ def ensemble_steps(spec: GuardSpec) -> list[triton.ModelEnsembling.Step]:
     autoencoder, classifier, scorer = (stage_model(spec.name, stage) for stage in contract.STAGES)
     views = scorer_inputs(spec)
     source = {"image": contract.IMAGE, "noise": spec.noise_source, "reconstruction": contract.RECONSTRUCTION}
-    fused = fused_passes(spec)
-    made = [contract.PASSES[one] if one in fused else source[one] for one in passes_needed(spec) if one != "image"]
+    own = own_passes(spec)
+    made = [contract.PASSES[one] if one in own else source[one] for one in passes_needed(spec) if one != "image"]
     used = {name: name for name in made}
     flags = {contract.NOISE_LEVEL: contract.NOISE_LEVEL, contract.IN_RANGE: contract.IN_RANGE}
     steps = [
         step(model_name=autoencoder, model_version=spec.release, input_map={contract.IMAGE: contract.IMAGE}, output_map={**used, **flags})
     ]
-    for one in (one for one in passes_needed(spec) if one not in fused):
+    for one in (one for one in passes_needed(spec) if one not in own):
         outputs = {contract.LOGITS: contract.LOGITS} if one == "image" else {}
         if contract.PASSES[one] in views:
             outputs[contract.PENULTIMATE] = contract.PASSES[one]

@@ -179,14 +179,24 @@ class DetectorSpec(Section):
     """One statistic of one view."""
 
     kind: Literal[
-        "mixture", "class-gaussian", "logit-gaussian", "divergence", "density", "dimension", "mutation", "reconstruction-error"
+        "mixture",
+        "class-gaussian",
+        "logit-gaussian",
+        "divergence",
+        "density",
+        "dimension",
+        "mutation",
+        "reconstruction-error",
+        "confidence",
     ] = "mixture"
     """``mixture``: Gaussian mixture, as published; ``class-gaussian``: Mahalanobis distance from the predicted class; ``logit-gaussian``:
     the same of the change in logits from reconstruction to image; ``divergence``: Jensen-Shannon divergence of these two answers;
     ``density``: kernel density under the predicted class; ``dimension``: local intrinsic dimensionality; ``mutation``: sensitivity to
-    mutants of the last layer; ``reconstruction-error``: root mean square of the noise itself"""
+    mutants of the last layer; ``reconstruction-error``: root mean square of the noise itself; ``confidence``: how sure of its label the
+    classifier stays while its last layers are amplified, as it does of a trigger's"""
     view: View
-    """``pixels``: n; ``noise``: F(n), as published; ``delta``: F(x) - F(A(x)); ``image``: F(x)"""
+    """``pixels``: n; ``noise``: F(n), as published; ``delta``: F(x) - F(A(x)); ``image``: F(x); ``amplified``: F'(x) of the amplified
+    classifier, one more classifier pass"""
     components: Positive = 1
     """``mixture``: Gaussians in each mixture; the paper uses one"""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -194,8 +204,14 @@ class DetectorSpec(Section):
 
     @model_validator(mode="after")
     def _fits_its_view(self) -> DetectorSpec:
-        bound = {"logit-gaussian": "delta", "divergence": "delta", "mutation": "image", "reconstruction-error": "pixels"}
-        wanted = bound.get(self.kind, "noise" if self.view == "pixels" else self.view)
+        bound = {
+            "logit-gaussian": "delta",
+            "divergence": "delta",
+            "mutation": "image",
+            "reconstruction-error": "pixels",
+            "confidence": "amplified",
+        }
+        wanted = bound.get(self.kind, "noise" if self.view in ("pixels", "amplified") else self.view)
         if self.view != wanted:
             raise ValueError(f"a detector of kind {self.kind!r} has view {wanted!r}; view is {self.view!r}")
         for name, kind in (("components", "mixture"), ("temperature", "divergence")):
@@ -295,7 +311,8 @@ class GuardSpec(Section):
     audit: Literal["off", "warn", "require"] = "off"
     """whether the classifier is searched for a backdoor (BAN) before the guard is built, and whether one stops the build"""
     fusion: Literal["fisher", "tippett"] = "fisher"
-    """how detectors are combined: ``fisher`` adds their surprisals, ``tippett`` takes the largest"""
+    """how detectors are combined: ``fisher`` adds their surprisals, ``tippett`` takes the largest; with ``fisher`` too the larger of a
+    ``confidence``'s and of the others' sum counts, as it looks for other inputs than they do"""
     data: DataSpec
     classifier: ClassifierSpec
     autoencoder: AutoencoderSpec
@@ -348,6 +365,11 @@ class GuardSpec(Section):
     def autoencoder_outputs(self) -> tuple[str, ...]:
         """What the autoencoder stage answers."""
         return (*contract.AUTOENCODER_OUTPUTS, *(() if self.noise_source == contract.NOISE else (self.noise_source,)))
+
+    @property
+    def amplifies(self) -> bool:
+        """Whether the autoencoder stage makes the amplified pass."""
+        return any("amplified" in contract.VIEWS[detector.view] for detector in self.detectors)
 
     @property
     def needs_head(self) -> bool:

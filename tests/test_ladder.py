@@ -24,7 +24,7 @@ from noisec.python_backend.scorer.detectors import View
 
 EPS = 0.05
 VIEWS = {"mixture": "noise", "class-gaussian": "image", "density": "noise", "dimension": "image", "mutation": "image"}
-VIEWS["reconstruction-error"] = "pixels"
+VIEWS |= {"reconstruction-error": "pixels", "confidence": "amplified"}
 ROUNDING = 1e-5
 """a divergence below this is mostly float32 rounding, in NumPy as in torch"""
 
@@ -68,7 +68,10 @@ def adapted(subject, images, threshold) -> Floats:
 def answers(subject, pgd):
     """What the stages answer to fit images, and to clean and to attacked ones."""
     fit, pixels = noisy(subject.splits.fit.floats(), 0.02), np.concatenate([subject.splits.report[64:128].floats(), noisy(pgd, 0.02)])
-    return subject.tensors(fit, len(fit)), subject.tensors(pixels, len(pixels))
+    sets = subject.tensors(fit, len(fit)), subject.tensors(pixels, len(pixels))
+    for tensors in sets:  # the reference guard makes no amplified pass; its noise pass is as good for a formula
+        tensors[contract.PASSES["amplified"]] = tensors[contract.PASSES["noise"]]
+    return sets
 
 
 def noisy(pixels: Floats, deviation: float) -> Floats:

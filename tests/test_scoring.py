@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.spatial.distance import cdist, jensenshannon
@@ -22,8 +24,8 @@ from noisec.builders.calibrate import (
     fit_scale,
 )
 from noisec.errors import NoisecError
-from noisec.python_backend.scorer.detectors import Divergence, GaussianMixture, Head, LogitGaussian, ReconstructionError, View
-from noisec.python_backend.scorer.scoring import Detector, Scorer, conformal_p_values, conformal_threshold
+from noisec.python_backend.scorer.detectors import Confidence, Divergence, GaussianMixture, Head, LogitGaussian, ReconstructionError, View
+from noisec.python_backend.scorer.scoring import Detector, Scorer, TailScale, conformal_p_values, conformal_threshold
 
 
 @pytest.fixture
@@ -231,6 +233,37 @@ def test_fusion_adds_surprisals_or_takes_the_largest(vectors):
     assert np.array_equal(a_scorer(vectors, fusion="tippett").score(tensors), each.max(axis=0))
 
 
+def with_confidence(vectors, head):
+    """A scorer with one detector more, which stands apart from the others' sum."""
+    own, confidence = a_scorer(vectors), Confidence()
+    scale = fit_scale(confidence.score(seen(vectors, head=head)))
+    apart = Detector("amplified-confidence", "confidence", ("AMPLIFIED_PENULTIMATE",), (confidence,) * 2, (scale,) * 2)
+    tensors = {**some_tensors(vectors), "AMPLIFIED_PENULTIMATE": np.roll(vectors, 5, axis=0)}
+    return replace(own, head=head, detectors=(*own.detectors, apart), together=fit_scale(own.score(tensors))), tensors
+
+
+def test_a_detector_that_stands_apart_is_in_no_sum(vectors, head):
+    scorer, tensors = with_confidence(vectors, head)
+    found, each = scorer.score(tensors), scorer.score_each(tensors)
+    sums = scorer.together(np.maximum(each[:2], 0).sum(axis=0))
+    assert np.allclose(found, np.maximum(sums, each[2]))
+    assert (found > sums).any(), "what it finds alone counts"
+    assert (found == sums).any()
+    scorer.check()
+    with pytest.raises(ValueError, match="no scale for the sum"):
+        replace(scorer, together=None).check()
+    with pytest.raises(ValueError, match="sum does not ascend"):
+        replace(scorer, together=TailScale(scorer.together.scores[::-1], scorer.together.surprisals)).check()
+
+
+def test_confidence_is_the_logit_of_the_labels_probability(vectors, head):
+    amplified = np.roll(vectors, 5, axis=0)
+    labels = head.logits(vectors).argmax(axis=1)
+    found = Confidence().score(View((amplified,), labels, head))
+    own = softmax(head.logits(amplified).astype(np.float64), axis=1)[np.arange(len(vectors)), labels]
+    assert np.allclose(found, np.log(own / (1 - own)), rtol=1e-3, atol=1e-3)
+
+
 def test_the_change_in_logits_is_measured_from_the_predicted_class(vectors, head):
     first, second = vectors[:1000], vectors[1000:]
     view = seen(first, second, head=head)
@@ -262,8 +295,9 @@ def test_each_row_is_scored_by_its_own_noise_level(vectors):
     assert not np.allclose(scorer.score(quiet), scorer.score(loud))
 
 
-def test_an_artefact_is_read_back_as_it_was_written_and_holds_no_pickle(tmp_path, vectors):
-    scorer, tensors = a_scorer(vectors), some_tensors(vectors)
+@pytest.mark.parametrize("apart", [False, True])
+def test_an_artefact_is_read_back_as_it_was_written_and_holds_no_pickle(tmp_path, vectors, head, apart):
+    scorer, tensors = with_confidence(vectors, head) if apart else (a_scorer(vectors), some_tensors(vectors))
     scorer.save(tmp_path / "scorer.npz")
     loaded = Scorer.load(tmp_path / "scorer.npz")
     assert np.array_equal(loaded.score(tensors), scorer.score(tensors))

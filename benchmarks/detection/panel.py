@@ -57,6 +57,7 @@ ALONE = {
     "head mutation": DetectorSpec(kind="mutation", view="image"),
 }
 """each statistic by itself, fitted and calibrated as the guard's own are"""
+AMPLIFIED = DetectorSpec(kind="confidence", view="amplified")
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,19 @@ def panel(subject: Subject, fit: Sent, calibration: Sent) -> dict[str, Calibrate
     """
     own = Calibrated(lambda sent: subject.scorer.score(sent.tensors), float(subject.scorer.threshold))
     found = {"default": own}
-    for name, detector in ALONE.items():
-        found |= fitted(name, partial(alone, subject, detector, subject.spec.noise_levels, fit, calibration))
-    found[PUBLISHED] = alone(subject, DetectorSpec(view="noise"), 1, fit, calibration)
+    for name, detectors in ablations(subject).items():
+        found |= fitted(name, partial(refitted, subject, detectors, subject.spec.noise_levels, fit, calibration))
+    found[PUBLISHED] = refitted(subject, (DetectorSpec(view="noise"),), 1, fit, calibration)
     found["noise level"] = Calibrated.on(lambda sent: sent.tensors[contract.NOISE_LEVEL][:, 0], calibration)
+    return found
+
+
+def ablations(subject: Subject) -> dict[str, tuple[DetectorSpec, ...]]:
+    """Each statistic alone; where the guard makes an amplified pass, that one too, and the guard without it."""
+    found = {name: (detector,) for name, detector in ALONE.items()}
+    if subject.spec.amplifies:
+        others = tuple(detector for detector in subject.spec.detectors if detector.view != "amplified")
+        found |= {"amplified confidence": (AMPLIFIED,), **({"default without it": others} if others else {})}
     return found
 
 
@@ -114,9 +124,9 @@ def fitted(name: str, make: Callable[[], Calibrated]) -> dict[str, Calibrated]:
         return {}
 
 
-def alone(subject: Subject, detector: DetectorSpec, levels: int, fit: Sent, calibration: Sent) -> Calibrated:
-    """One statistic as a detector of its own."""
-    spec = subject.spec.model_copy(update={"detectors": (detector,), "noise_levels": levels, "target_fpr": ALPHA})
+def refitted(subject: Subject, detectors: tuple[DetectorSpec, ...], levels: int, fit: Sent, calibration: Sent) -> Calibrated:
+    """The guard with other detectors."""
+    spec = subject.spec.model_copy(update={"detectors": detectors, "noise_levels": levels, "target_fpr": ALPHA})
     scorer = fit_tensors(spec, fit.tensors, calibration.tensors, subject.head)
     return Calibrated(lambda sent: scorer.score(sent.tensors), float(scorer.threshold))
 

@@ -148,6 +148,13 @@ def _mutation(fitted: detectors.HeadMutation, device: str) -> Raw:
     return raw
 
 
+def _confidence(view: TorchView) -> Tensor:
+    logits = view.head.logits(view.activations[0])
+    label = view.labels[:, None]
+    others = logits.scatter(1, label, -torch.inf)
+    return logits.gather(1, label)[:, 0] - torch.logsumexp(others, dim=1)
+
+
 STATISTICS: dict[str, Callable[..., Raw]] = {
     "mixture": _mixture,
     "class-gaussian": _class_gaussian,
@@ -157,6 +164,7 @@ STATISTICS: dict[str, Callable[..., Raw]] = {
     "dimension": _dimension,
     "mutation": _mutation,
     "reconstruction-error": lambda fitted, device: lambda view: view.activations[0][:, 0],
+    "confidence": lambda fitted, device: _confidence,
 }
 """kind of a detector -> (fitted statistic, device) -> its formula in torch"""
 
@@ -214,6 +222,8 @@ class TorchScorer:
         self._head = TorchHead(scorer.head, device)
         self._needs_head = scorer.needs_head
         self._detectors = [TorchDetector(detector, device) for detector in scorer.detectors]
+        self._apart = _tensor(scorer.apart, device)
+        self._together = TorchScale(scorer.together, device) if scorer.together else None
         self._fusion = scorer.fusion
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -228,8 +238,10 @@ class TorchScorer:
         levels = torch.searchsorted(self._edges, tensors[contract.NOISE_LEVEL][:, 0].detach().contiguous(), right=True)
         labels = self._labels(tensors, levels)
         each = torch.stack([detector(tensors, labels, levels, self._head) for detector in self._detectors])
-        fused = each.clamp(min=0).sum(dim=0) if self._fusion == "fisher" and len(each) > 1 else each.amax(dim=0)
-        return torch.where(tensors[contract.IN_RANGE][:, 0] == 1, fused, torch.nan)
+        if self._fusion == "fisher" and len(each) > 1:
+            total = each[~self._apart].clamp(min=0).sum(dim=0)
+            each = total[None] if self._together is None else torch.stack([self._together(total), *each[self._apart]])
+        return torch.where(tensors[contract.IN_RANGE][:, 0] == 1, each.amax(dim=0), torch.nan)
 
     def _labels(self, tensors: Mapping[str, Tensor], levels: Tensor) -> Tensor:
         if not self._needs_head:
@@ -250,7 +262,7 @@ def compose(stages: Mapping[str, Path], scorer: Scorer, noise_source: str, devic
     """
     graphs = {stage: TorchGraph(folder / "model.onnx", device) for stage, folder in stages.items()}
     score = TorchScorer(scorer, device)
-    passes = [one for one, name in contract.PASSES.items() if name in scorer.inputs or one == "image"]
+    passes = [one for one, name in contract.PASSES.items() if one != "amplified" and (name in scorer.inputs or one == "image")]
 
     def run(stage: str, images: Tensor) -> dict[str, Tensor]:
         return dict(zip(graphs[stage].outputs, graphs[stage](images), strict=True))

@@ -232,6 +232,22 @@ class ReconstructionError:
         return result
 
 
+@dataclass(frozen=True)
+class Confidence:
+    """How sure of the label an amplified classifier stays (IBD-PSC, section 4.1): clean images lose theirs, triggered ones do not."""
+
+    def score(self, view: View) -> Floats:
+        """Logit of the label's probability, which unlike the probability never reaches its bound."""
+        (logits,) = view.logits()
+        rows = np.arange(len(logits))
+        label = logits[rows, view.labels]
+        others = logits.copy()
+        others[rows, view.labels] = -np.inf
+        peak = others.max(axis=1)
+        result: Floats = label - peak - np.log(np.exp(others - peak[:, None]).sum(axis=1))
+        return result
+
+
 def softmax(logits: Floats) -> Floats:
     """Along the last axis."""
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
@@ -275,8 +291,11 @@ STATISTICS: MappingProxyType[str, type] = MappingProxyType(
         "dimension": LocalDimension,
         "mutation": HeadMutation,
         "reconstruction-error": ReconstructionError,
+        "confidence": Confidence,
     }
 )
 """kind of a detector -> its statistic"""
-WITH_HEAD = frozenset({"class-gaussian", "logit-gaussian", "divergence", "density", "mutation"})
+WITH_HEAD = frozenset({"class-gaussian", "logit-gaussian", "divergence", "density", "mutation", "confidence"})
 """kinds that need the predicted class, and so the image's activations and the classifier's head"""
+APART = "confidence"
+"""kind whose detectors' evidence adds nothing to the others': what they find looks natural otherwise"""

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from .detectors import STATISTICS, WITH_HEAD, Floats, Head, Integers, Statistic, View
+from .detectors import APART, STATISTICS, WITH_HEAD, Floats, Head, Integers, Statistic, View
 from .memory import Memory, Repeats
 
 NOISE_LEVEL = "NOISE_LEVEL"
@@ -43,6 +43,11 @@ class TailScale:
     def __call__(self, raw: Floats) -> Floats:
         """float32 [n] in nats from float32 [n]"""
         return on_scale(raw, self.segments)
+
+    @property
+    def ascends(self) -> bool:
+        """Whether it is finite and strictly increasing, as it has to be."""
+        return all(bool(np.isfinite(knots).all() and (np.diff(knots) > 0).all()) for knots in (self.scores, self.surprisals))
 
     @property
     def segments(self) -> npt.NDArray[np.float64]:
@@ -73,6 +78,12 @@ def on_scale(raw: Floats, segments: npt.NDArray[np.float64]) -> Floats:
 def _arrays(part: Any) -> dict[str, npt.NDArray[Any]]:
     """What a dataclass of arrays is saved as, without what it derives from them."""
     return {field.name: getattr(part, field.name) for field in fields(part)}
+
+
+def summed(surprisals: Floats) -> Floats:
+    """Fisher's sum of p-values that are none above 1: float32 [n] from float32 [number of detectors, n]."""
+    result: Floats = np.maximum(surprisals, 0).sum(axis=0)
+    return result
 
 
 @dataclass(frozen=True)
@@ -164,6 +175,8 @@ class Scorer:
     detectors: tuple[Detector, ...]
     calibration: Floats
     """[m], scores of the calibration images, ascending"""
+    together: TailScale | None = None
+    """of Fisher's sum, where detectors are `APART` from it; None: the sum is the score"""
     repeats: Repeats | None = None
     """when an input that repeats recent ones is malicious, whatever its score; None: whatever came before it"""
 
@@ -232,8 +245,16 @@ class Scorer:
             float32 [n], NaN where any detector's is
         """
         each = self.score_each(tensors)
-        fused: Floats = np.maximum(each, 0).sum(axis=0) if self.fusion == "fisher" and len(each) > 1 else each.max(axis=0)
-        return fused
+        if self.fusion == "fisher" and len(each) > 1:
+            total = summed(each[~self.apart])
+            each = total[None] if self.together is None else np.stack([self.together(total), *each[self.apart]])
+        largest: Floats = each.max(axis=0)
+        return largest
+
+    @cached_property
+    def apart(self) -> npt.NDArray[np.bool_]:
+        """[number of detectors], those that are in no sum"""
+        return np.array([detector.kind == APART for detector in self.detectors])
 
     def verdict(self, tensors: Mapping[str, Floats]) -> Verdict:
         """Score, conformal p-value and verdict. A score that is not a number is malicious: a broken detector never says benign."""
@@ -269,6 +290,7 @@ class Scorer:
             "detectors": np.array([detector.name for detector in self.detectors]),
             "calibration": self.calibration,
             **{f"head/{key}": value for key, value in _arrays(self.head).items()},
+            **{f"together/{key}": value for key, value in (_arrays(self.together).items() if self.together else ())},
             **{f"repeats/{key}": value for key, value in (_arrays(self.repeats).items() if self.repeats else ())},
         }
         for detector in self.detectors:
@@ -306,7 +328,8 @@ class Scorer:
         detectors = tuple(detector(name) for name in map(str, arrays["detectors"]))
         head, alpha, fusion = read(Head, "head"), float(arrays["alpha"]), str(arrays["fusion"])
         repeats = read(Repeats, "repeats") if "repeats/radius" in arrays else None
-        scorer = cls(int(arrays["release"]), alpha, fusion, edges, head, detectors, arrays["calibration"], repeats)
+        together = read(TailScale, "together") if "together/scores" in arrays else None
+        scorer = cls(int(arrays["release"]), alpha, fusion, edges, head, detectors, arrays["calibration"], together, repeats)
         scorer.check()
         if release not in (None, scorer.release):
             raise ValueError(f"{path.name} is of release {scorer.release}, its folder of {release}")
@@ -333,8 +356,12 @@ class Scorer:
             for statistic, scale in zip(detector.statistics, detector.scales, strict=True):
                 if not all(np.isfinite(array).all() for part in (statistic, scale) for array in _arrays(part).values()):
                     raise ValueError(f"detector {detector.name} has values that are not finite")
-                if not ((np.diff(scale.scores) > 0).all() and (np.diff(scale.surprisals) > 0).all()):
+                if not scale.ascends:
                     raise ValueError(f"the scale of detector {detector.name} does not ascend")
+        if self.together is None and self.fusion == "fisher" and self.apart.any() and not self.apart.all():
+            raise ValueError("there is no scale for the sum of the detectors, which others stand beside")
+        if self.together and not self.together.ascends:
+            raise ValueError("the scale of the detectors' sum does not ascend")
         if self.repeats and not (0 < self.repeats.radius < np.inf and 2 <= self.repeats.neighbours <= self.repeats.size):
             raise ValueError(f"repeats: radius {self.repeats.radius}, {self.repeats.neighbours} neighbours among {self.repeats.size}")
         if self.repeats and not np.isfinite(self.repeats.centre).all():

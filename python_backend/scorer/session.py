@@ -7,14 +7,17 @@ from pathlib import Path
 import onnxruntime
 
 
-def open_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
+def open_session(model: Path | bytes, threads: int = 0) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session on the CPU.
 
     Args:
+        model: file, or its content
         threads: compute threads; 0 takes every core
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(path.as_posix(), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        model if isinstance(model, bytes) else model.as_posix(), options, providers=["CPUExecutionProvider"]
+    )

@@ -42,17 +42,23 @@ VERDICT: Final = (SCORE, P_VALUE, IS_MALICIOUS, RELEASE)
 OUTPUTS: Final = (LOGITS, *VERDICT)
 """What the ensemble answers."""
 
-Pass = Literal["noise", "image", "reconstruction"]
+Pass = Literal["noise", "image", "reconstruction", "amplified"]
 PASSES: Final = MappingProxyType(
-    {"noise": "NOISE_PENULTIMATE", "image": "IMAGE_PENULTIMATE", "reconstruction": "RECONSTRUCTION_PENULTIMATE"}
+    {
+        "noise": "NOISE_PENULTIMATE",
+        "image": "IMAGE_PENULTIMATE",
+        "reconstruction": "RECONSTRUCTION_PENULTIMATE",
+        "amplified": "AMPLIFIED_PENULTIMATE",
+    }
 )
-"""A classifier pass of the ensemble -> the scorer's input that carries its penultimate activations."""
+"""A classifier pass -> the scorer's input that carries its penultimate activations. The amplified one is the autoencoder stage's own."""
 
-View = Literal["pixels", "noise", "delta", "image"]
+View = Literal["pixels", "noise", "delta", "image", "amplified"]
 VIEWS: Final = MappingProxyType[str, tuple[Pass, ...]](
-    {"pixels": (), "noise": ("noise",), "delta": ("image", "reconstruction"), "image": ("image",)}
+    {"pixels": (), "noise": ("noise",), "delta": ("image", "reconstruction"), "image": ("image",), "amplified": ("amplified",)}
 )
-"""What a detector looks at -> the classifier passes it needs: none for n itself, then F(n), F(x) - F(A(x)), F(x)."""
+"""What a detector looks at -> the classifier passes it needs: none for n itself, then F(n), F(x) - F(A(x)), F(x), and F'(x) of the
+classifier whose last layers are amplified."""
 
 STAGES: Final = ("autoencoder", "classifier", "scorer")
 

@@ -1,0 +1,154 @@
+"""The amplified pass: in the graph, in the scorer, and on a real server in every layout."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import GUARD, REPOSITORY
+from pydantic import ValidationError
+from torch import nn
+
+from noisec import contract, manifest
+from noisec.builders.amplified import AMPLIFICATION, DEEPER, amplifiable, amplified, chosen_depth, with_amplified_pass
+from noisec.builders.calibrate import fit_scorer
+from noisec.builders.export import export_stage
+from noisec.builders.head import read_head
+from noisec.builders.images import Splits
+from noisec.builders.layout import rearrange
+from noisec.builders.release import Release
+from noisec.builders.repository import read_widths, write_repository
+from noisec.builders.spec import DetectorSpec, ServingSpec, changed
+from noisec.builders.stages import StageRunner, ask_guard, in_process
+from noisec.builders.torchgraph import TorchGraph
+from noisec.clients import GuardClient
+from noisec.errors import NoisecError
+from noisec.python_backend.scorer.session import open_session
+from noisec.python_backend.server import EmbeddedServer
+
+CONFIDENCE = DetectorSpec(kind="confidence", view="amplified")
+
+
+class Small(nn.Module):
+    """A classifier of three convolutions, the last of which may speak too loud."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolutions = nn.ModuleList([nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 5, 3)])
+        self.head = nn.Linear(5, 10)
+
+    def forward(self, images: torch.Tensor, loud: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        for place, layer in enumerate(self.convolutions):
+            images = (layer(images) * (AMPLIFICATION if place >= len(self.convolutions) - loud else 1)).relu()
+        features = images.mean(dim=(2, 3))
+        return self.head(features), features
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    path = tmp_path_factory.mktemp("small") / "model.onnx"
+    export_stage(Small(), (1, 28, 28), contract.CLASSIFIER_OUTPUTS, path)
+    return onnx.load(path)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_the_last_layers_outputs_are_multiplied(small, pixels, depth):
+    found = open_session(amplified(small, depth).SerializeToString()).run(None, {contract.IMAGE: pixels[:8]})
+    with torch.no_grad():
+        expected = Small()(torch.from_numpy(pixels[:8]), loud=depth)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other.numpy(), rtol=1e-4, atol=1e-5)
+    assert len(amplifiable(small)) == 3, "the original is as it was"
+
+
+def test_a_batch_norm_stands_for_its_convolution(small):
+    assert len(amplifiable(small)) == 3
+    model = onnx.ModelProto()
+    model.CopyFrom(small)
+    last = next(node for node in reversed(model.graph.node) if node.op_type == "Conv")
+    made, last.output[0] = last.output[0], "raw"
+    parts = ["scale", "shift", "mean", "variance"]
+    model.graph.initializer.extend(
+        onnx.numpy_helper.from_array(np.full(5, index != 1, np.float32), name) for index, name in enumerate(parts)
+    )
+    place = list(model.graph.node).index(last)
+    model.graph.node.insert(place + 1, onnx.helper.make_node("BatchNormalization", ["raw", *parts], [made]))
+    assert amplifiable(model) == amplifiable(small)
+
+
+def test_what_cannot_be_amplified_is_refused(small):
+    with pytest.raises(NoisecError, match="has 3 convolutions and batch norms, and 4 are to be amplified"):
+        amplified(small, 4)
+    with pytest.raises(ValidationError, match="kind 'confidence' has view 'amplified'; view is 'image'"):
+        DetectorSpec(kind="confidence", view="image")
+    with pytest.raises(ValidationError, match="kind 'mixture' has view 'noise'; view is 'amplified'"):
+        DetectorSpec(view="amplified")
+
+
+def test_the_depth_is_a_little_more_than_what_clean_images_bear(report):
+    classifier = onnx.load(REPOSITORY / f"{GUARD}_classifier" / "1" / "model.onnx")
+    layers, depth = len(amplifiable(classifier)), chosen_depth(classifier, report)
+    assert 1 <= depth <= layers
+    wrong = [
+        np.mean(
+            open_session(amplified(classifier, one).SerializeToString())
+            .run([contract.LOGITS], {contract.IMAGE: report[:500].floats()})[0]
+            .argmax(axis=1)
+            != report[:500].labels
+        )
+        for one in range(1, layers)
+    ]
+    first = next((index + 1 for index, rate in enumerate(wrong) if rate > 0.6), layers)
+    assert depth == min(first + DEEPER, layers)
+
+
+@pytest.fixture(scope="module")
+def amplifying(report, tmp_path_factory):
+    """The reference guard with an amplified pass, staged, and in one process under another name."""
+    folder = tmp_path_factory.mktemp("amplifying")
+    plain, content = Release.newest(REPOSITORY, GUARD), manifest.read_manifest(REPOSITORY, GUARD)
+    spec = changed(plain.spec, detectors=(*plain.spec.detectors, CONFIDENCE), serving=ServingSpec())
+    with_amplified_pass(plain.folder("autoencoder"), plain.folder("classifier"), report[:500], folder)
+    stages = {"autoencoder": folder, "classifier": plain.folder("classifier")}
+    splits = Splits(report[:10], report[1000:2000], report[2000:3000], report[:200], ())
+    run = StageRunner.of(spec, in_process(stages, 1))
+    scorer = fit_scorer(spec, run, splits, read_head(stages["classifier"] / "model.onnx", report[:32].floats()))
+    widths, names = read_widths(REPOSITORY, GUARD)
+    repository = folder / "repository"
+    for name in ("staged", "single"):
+        named = changed(spec, name=name)
+        write_repository(repository, named, widths, names, stages, scorer)
+        manifest.write_manifest(repository, name, 1, {"versions": content["versions"], "spec": named.model_dump(mode="json")})
+    rearrange(repository, "single", ServingSpec(layout="single"), repository)
+    rearrange(repository, "staged", ServingSpec(layout="fused"), folder / "fused")
+    with EmbeddedServer(repository) as running:
+        yield running, run, scorer, folder
+
+
+def test_every_layout_gives_the_verdicts_of_the_scorer_that_was_fitted(amplifying, report):
+    server, run, scorer, folder = amplifying
+    expected = ask_guard(run, scorer, iter([report[:200].floats()]), 200, "amplified")
+    for name in ("staged", "single"):
+        with GuardClient(server.grpc_url, name) as client:
+            found = client.classify(report[:200].pixels)
+        np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-3, atol=1e-3)
+        np.testing.assert_array_equal(found.is_malicious, expected.is_malicious)
+    fused = Release.newest(folder / "fused", "staged")
+    again = ask_guard(StageRunner.of(fused.spec, in_process(fused.stages, 1)), scorer, iter([report[:200].floats()]), 200, "fused")
+    np.testing.assert_allclose(again.scores, expected.scores, rtol=1e-3, atol=1e-3)
+
+
+def test_the_amplified_pass_is_differentiable_and_alone_can_raise_the_alarm(amplifying, pixels):
+    _, run, scorer, folder = amplifying
+    images = torch.from_numpy(pixels[:4]).requires_grad_(True)
+    graph = TorchGraph(folder / "model.onnx", "cpu")
+    answers = dict(zip(graph.outputs, graph(images), strict=True))
+    (slope,) = torch.autograd.grad(answers[contract.PASSES["amplified"]].square().sum(), images)
+    assert slope.abs().sum() > 0
+    tensors = run.batch(pixels[:4])
+    assert not scorer.verdict(tensors).is_malicious.all()
+    certain = tensors[contract.PASSES["image"]] * 50
+    verdict = scorer.verdict({**tensors, contract.PASSES["amplified"]: certain})
+    assert verdict.is_malicious.all(), "as sure as that of the label is no clean image"
