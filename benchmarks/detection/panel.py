@@ -108,7 +108,7 @@ def panel(subject: Subject, fit: Sent, calibration: Sent) -> dict[str, Calibrate
 
 def ablations(subject: Subject) -> dict[str, tuple[DetectorSpec, ...]]:
     """Each statistic alone; where the guard makes an amplified pass, that one too, and the guard without it."""
-    found = {name: (detector,) for name, detector in ALONE.items()}
+    found: dict[str, tuple[DetectorSpec, ...]] = {name: (detector,) for name, detector in ALONE.items()}
     if subject.spec.amplifies:
         others = tuple(detector for detector in subject.spec.detectors if detector.view != "amplified")
         found |= {"amplified confidence": (AMPLIFIED,), **({"default without it": others} if others else {})}

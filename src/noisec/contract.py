@@ -43,7 +43,7 @@ OUTPUTS: Final = (LOGITS, *VERDICT)
 """What the ensemble answers."""
 
 Pass = Literal["noise", "image", "reconstruction", "amplified"]
-PASSES: Final = MappingProxyType(
+PASSES: Final = MappingProxyType[Pass, str](
     {
         "noise": "NOISE_PENULTIMATE",
         "image": "IMAGE_PENULTIMATE",
