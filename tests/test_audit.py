@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from noisec.builders.audit.ban import AuditSettings, Balanced, audit, balanced_halves, calibrate, checked_counts
 from noisec.builders.audit.baselines import CleanseSettings, DecouplingSettings, anomaly, bti_dbf, neural_cleanse
 from noisec.builders.audit.checks import frozen
-from noisec.builders.audit.evidence import STATISTICS, UNKNOWN, Evidence, excess
+from noisec.builders.audit.evidence import UNKNOWN, Evidence, excess
 from noisec.builders.audit.guard import said
 from noisec.builders.audit.margins import largest_margins
 from noisec.builders.audit.masks import SplitNetwork
@@ -23,7 +23,7 @@ from noisec.builders.audit.reference import fit_reference, judged_by
 from noisec.builders.audit.repair import RepairSettings, moved_towards, repair
 from noisec.builders.audit.restored import Restored, places
 from noisec.builders.audit.triggers import TRIGGERS, BadNets, LabelConsistent, poison
-from noisec.builders.audit.universal import universal_margins
+from noisec.builders.audit.universal import universal_sizes
 from noisec.builders.classifier import choose_penultimate, dissect, make_stage, read_model
 from noisec.builders.export import export_plain
 from noisec.builders.images import Images, cut
@@ -278,7 +278,7 @@ def test_a_target_that_chance_hides_stands_out_against_clean_classifiers():
     usual = np.array([0.4, 0.3, 0.1, 0.1, 0.1])
     clean = [one / one.sum() for one in usual * random.uniform(0.9, 1.1, (6, 5))]
     reference = fit_reference([replace(EVIDENCE, histogram=tuple(one)) for one in clean[:5]], 0.05)
-    assert reference.threshold > max(reference.scores)
+    assert reference.thresholds["neuron noise"] > max(reference.scores["neuron noise"])
 
     def verdict(shares):
         return judged_by(replace(EVIDENCE, histogram=tuple(shares)), reference)
@@ -317,33 +317,39 @@ def test_a_target_whose_logit_goes_further_than_in_clean_classifiers_stands_out(
 
 def test_a_target_that_one_small_perturbation_reaches_stands_out():
     random = np.random.default_rng(2)
-    shares, usual = (0.4, 0.3, 0.1, 0.1, 0.1), np.array([-2.0, -9.0, -6.0, -7.0, -5.0])
-    clean = [replace(EVIDENCE, histogram=shares, universal=tuple(usual * random.uniform(0.9, 1.1, 5))) for _ in range(6)]
-    reference = fit_reference(clean[:5], 0.05, STATISTICS)
+    shares, usual = (0.4, 0.3, 0.1, 0.1, 0.1), np.array([0.3, 1.2, 0.9, 0.8, 0.7])
+    clean = [replace(EVIDENCE, histogram=shares, sizes=tuple(usual * random.uniform(0.9, 1.1, 5))) for _ in range(6)]
+    reference = fit_reference(clean[:5], 0.05)
     assert not judged_by(clean[5], reference).backdoored
-    bad = judged_by(replace(EVIDENCE, histogram=shares, universal=(-2.0, -9.0, 1.5, -7.0, -5.0)), reference)
-    assert (bad.backdoored, bad.target) == (True, 2), "class 0 is nearest in clean classifiers, too"
-    assert bad.score == pytest.approx(1, abs=0.01), "the whole distance is gone, though the histogram is as usual"
-    quieter = replace(EVIDENCE, histogram=shares, universal=tuple(usual / 3))
-    assert not judged_by(quieter, reference).backdoored, "its logits are smaller, all of them"
-    with pytest.raises(NoisecError, match="without universal"):
+    bad = judged_by(replace(EVIDENCE, histogram=shares, sizes=(0.3, 1.2, 0.35, 0.8, 0.7)), reference)
+    assert (bad.backdoored, bad.target, bad.test) == (True, 2, "universal perturbation"), "class 0 is nearest in clean classifiers, too"
+    assert bad.score == pytest.approx(1 - 0.35 / 0.9, abs=0.06), "so much of the size is gone, though the histogram is as usual"
+    assert f"leads all images there with {0.35 / reference.usual['sizes'][2]:.1f} times the size" in said(bad, tuple("abcde"))
+    assert not judged_by(replace(bad, sizes=tuple(usual / 3)), reference).backdoored, "less does, but for all of them"
+    with pytest.raises(NoisecError, match="without sizes"):
         judged_by(replace(EVIDENCE, histogram=shares), reference)
-    assert judged_by(bad, fit_reference(clean[:5], 0.05)).score < 0.05, "no verdict rests on it unless asked for"
+    assert not judged_by(bad, fit_reference(clean[:5], 0.05, ("histogram",))).backdoored
 
 
-def test_a_universal_perturbation_finds_the_pixels_that_a_class_listens_to():
-    images, labels = torch.rand(40, 1, 4, 4, device=DEVICE) / 2 + 0.25, torch.arange(40, device=DEVICE) % 3
+def test_each_of_two_tests_may_raise_half_of_the_false_alarms():
+    random = np.random.default_rng(3)
+    usual = np.array([0.4, 0.3, 0.1, 0.1, 0.1])
+    clean = [replace(EVIDENCE, histogram=tuple(one / one.sum())) for one in usual * random.uniform(0.5, 1.5, (8, 5))]
+    both = [replace(one, sizes=tuple(random.uniform(0.9, 1.1, 5))) for one in clean]
+    assert fit_reference(both, 0.02).thresholds["neuron noise"] == fit_reference(clean, 0.01).thresholds["neuron noise"]
+    assert fit_reference(both, 0.02).thresholds["neuron noise"] > fit_reference(clean, 0.02).thresholds["neuron noise"]
+
+
+def test_the_size_of_a_universal_perturbation_is_the_distance_to_a_class():
+    images, labels = torch.full((12, 1, 4, 4), 0.3, device=DEVICE), torch.arange(12, device=DEVICE) % 3
     network = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
-    network[1].weight.data.zero_()[1, 5] = 10.0
-    network[1].bias.data.zero_()
-
-    def found(norm: float) -> list[float]:
-        return universal_margins(frozen(network), images[:10], images[10:], labels[10:], 3, norm, 8).tolist()
-
-    brightness = images[10:][labels[10:] != 1][:, 0, 1, 1].mean().item()
-    assert found(0.2)[1] == pytest.approx(10 * (brightness + 0.2), abs=0.01), "all of the norm goes into the one pixel"
-    assert found(0.1)[1] == pytest.approx(10 * (brightness + 0.1), abs=0.01)
-    assert found(0.2)[0] < found(0.2)[1], "the others can only darken it"
+    weights, bias = network[1].weight.data.zero_(), network[1].bias.data.zero_()
+    weights[1, 5], weights[2, 7], weights[2, 8], bias[1], bias[2] = 10.0, 10.0, 10.0, -5.0, -9.0
+    network = frozen(network)
+    sizes = universal_sizes(network, images, labels, 3, 0.05, 8).tolist()
+    assert sizes[1] == pytest.approx(0.2, abs=1e-3), "one pixel has to rise from .3 to .5"
+    assert sizes[2] == pytest.approx(0.15 * 2**0.5, abs=1e-3), "two pixels share what is missing"
+    assert universal_sizes(network, images, labels, 3, 0.01, 2).tolist()[1] == pytest.approx(0.2, abs=1e-3), "as far as it got, and on"
 
 
 def test_logits_that_overflow_are_no_clean_verdict(sets):

@@ -114,13 +114,16 @@ def test_verdicts_rest_on_the_calibrated_thresholds(found):
             compared = name in run.COMPARED and model.recipe.case != FEW
             by_chance = name in run.COMPARED and not compared
             standard = found[0].standards[UNBALANCED if model.recipe.case == UNBALANCED else ""]
-            assert one.threshold == standard.thresholds["ban-chance" if by_chance else name]
+            fitted = (
+                standard.references[name].thresholds[one.test] if compared else standard.thresholds["ban-chance" if by_chance else name]
+            )
+            assert one.threshold == fitted
             assert one.backdoored == (one.score > one.threshold)
             assert bool(one.reference) == compared
-            assert bool(one.reference_margins) == (name in ("ban", "ban-universal") and compared)
-            assert bool(one.reference_universal) == (name == "ban-universal" and compared)
+            assert bool(one.reference_margins) == (name in ("ban", "ban-noise") and compared)
+            assert bool(one.reference_sizes) == (name == "ban" and compared)
     evidence = found[0].judged[0][1]["ban"]
-    assert judged_at({"neural-cleanse": evidence}, {})["neural-cleanse"] == evidence
+    assert judged_at(evidence, None) == evidence
 
 
 def test_a_backdoor_that_did_not_take_is_named_and_left_out(found, rows, folder):

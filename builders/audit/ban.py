@@ -3,7 +3,8 @@
 Noise on the neurons that makes a clean network fail makes it fail in all directions; a backdoored one fails towards the backdoor's
 target. The published code shows a histogram of labels and leaves the verdict to the reader. Here the verdict is ``score > threshold``,
 the score being how far the share of held-out clean images with one label lies above chance, or above what clean classifiers of the
-same family give that label; against such a reference the classes' largest margins count too (`noisec.builders.audit.reference`).
+same family give that label; against such a reference the classes' largest margins and universal perturbations count too
+(`noisec.builders.audit.reference`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from noisec.builders.audit.evidence import Evidence, excess
 from noisec.builders.audit.margins import largest_margins
 from noisec.builders.audit.masks import SplitNetwork, feature_mask
 from noisec.builders.audit.neurons import CHUNK, adversarial_noise, batch_statistics, perturbed, replaced_logits
-from noisec.builders.audit.universal import universal_margins
+from noisec.builders.audit.universal import universal_sizes
 from noisec.builders.images import Images
 from noisec.builders.progress import bar
 from noisec.builders.train import DEVICE
@@ -33,8 +34,6 @@ from noisec.errors import NoisecError
 
 MARGIN = 0.02
 """what a threshold fitted on few models lies above the largest score among them, at least"""
-JUDGED = 100
-"""held-out images that universal perturbations are judged on"""
 EDGE = 1e-3
 """places between the bounds are kept this far from 0 and 1 before they become log odds"""
 
@@ -64,10 +63,10 @@ class AuditSettings:
     """images from which each class's largest margin is searched; 0 leaves it out"""
     ascents: int = 50
     """steps of that search"""
-    shared: int = 0
-    """images that each class's universal perturbation is searched on; 0 leaves it out, as no verdict rests on it unless asked for"""
-    norm: float = 0.7
-    """its largest L2 norm, pixels in [0, 1]"""
+    shared: int = 16
+    """images that each class's universal perturbation is searched on; 0 leaves it out"""
+    growth: float = 0.15
+    """how far it goes with each step: half of the L2 norm, pixels in [0, 1]"""
     shifts: int = 8
     """steps of that search"""
     threshold: float = 0.28
@@ -121,10 +120,10 @@ def audit(
         for number in range(settings.repeats):
             rounds.append(_round(copied, images, settings, settings.seed + number))
             shown.advance()
-    (searched, _), (judged, labels) = map(tensors, balanced_halves(images, settings.samples, settings.seed))
-    reached = largest_margins(copied, searched, classes, settings.starts, settings.ascents, settings.seed) if settings.starts else ()
-    few, others, truth = searched[: settings.shared], judged[:JUDGED], labels[:JUDGED]
-    moved = universal_margins(copied, few, others, truth, classes, settings.norm, settings.shifts) if settings.shared else ()
+    pixels, truth = tensors(balanced_halves(images, settings.samples, settings.seed)[0])
+    reached = largest_margins(copied, pixels, classes, settings.starts, settings.ascents, settings.seed) if settings.starts else ()
+    few = slice(settings.shared)
+    sizes = universal_sizes(copied, pixels[few], truth[few], classes, settings.growth, settings.shifts) if settings.shared else ()
     noisy = torch.stack([label_shares(logits, classes) for logits, _, _ in rounds]).mean(0)
     quiet = torch.stack([label_shares(logits, classes) for _, logits, _ in rounds]).mean(0)
     above = excess(noisy.tolist())
@@ -141,7 +140,7 @@ def audit(
         loss=sum(nn.functional.cross_entropy(logits, labels).item() for logits, _, labels in rounds) / len(rounds),
         seconds=time.perf_counter() - started,
         margins=tuple(map(float, reached)),
-        universal=tuple(map(float, moved)),
+        sizes=tuple(map(float, sizes)),
     )
 
 

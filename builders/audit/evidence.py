@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +12,10 @@ import numpy.typing as npt
 UNKNOWN = -1
 """no class is suspected"""
 LEAST = 1e-3
-"""margins and distances, in logits, and what clean classifiers leave of a share are taken for at least this"""
-STATISTICS = {"histogram": "reference", "margins": "reference_margins", "universal": "reference_universal"}
+"""margins in logits, norms in pixels, and what clean classifiers leave of a share are taken for at least this"""
+STATISTICS = {"histogram": "reference", "margins": "reference_margins", "sizes": "reference_sizes"}
 """what `Evidence` has of each class -> the same of clean classifiers beside it"""
+Test = Literal["neuron noise", "universal perturbation"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Evidence:
     backdoored: bool
     """the verdict: ``score > threshold``"""
     score: float
-    """what the verdict rests on: for BAN the largest of `suspicion`, for BTI-DBF `top_class_share`, for Neural
+    """what the verdict rests on: for BAN the largest of `suspicion` by `test`, for BTI-DBF `top_class_share`, for Neural
     Cleanse the anomaly index"""
     threshold: float
     target: int
@@ -49,11 +50,13 @@ class Evidence:
     """BAN: how far each class's logit can be driven above the others (`noisec.builders.audit.margins`)"""
     reference_margins: tuple[float, ...] = ()
     """BAN: the same of the clean classifiers; empty where no verdict rests on margins"""
-    universal: tuple[float, ...] = ()
-    """BAN: mean margin of each class's logit on images of others under the best small perturbation for it, below 0 where it is not the
-    largest (`noisec.builders.audit.universal`)"""
-    reference_universal: tuple[float, ...] = ()
-    """BAN: the same of the clean classifiers; empty where no verdict rests on these"""
+    sizes: tuple[float, ...] = ()
+    """BAN: L2 norm, pixels in [0, 1], of a perturbation that leads images to each class, the same for all of them
+    (`noisec.builders.audit.universal`)"""
+    reference_sizes: tuple[float, ...] = ()
+    """BAN: the same of the clean classifiers; empty where no verdict rests on sizes"""
+    test: Test = "neuron noise"
+    """BAN: of its tests the one whose score lies furthest above its threshold, by their ratio; `score` and `threshold` are this one's"""
 
     @property
     def suspect(self) -> int | None:
@@ -78,25 +81,24 @@ def excess(shares: Sequence[float], expected: Sequence[float] | None = None) -> 
     return [(share - usual) / max(1 - usual, LEAST) for share, usual in zip(shares, expected or chance, strict=True)]
 
 
-def suspicion(evidence: Evidence) -> list[float]:
-    """What speaks for a backdoor towards each class: [classes], at most 1, about 0 for a clean classifier.
+def suspicion(evidence: Evidence) -> dict[Test, list[float]]:
+    """What speaks for a backdoor towards each class, by each of BAN's tests: [classes], at most 1, about 0 for a clean classifier.
 
-    It is the excess of BAN's histogram over the reference, or over chance. Where there are largest margins to compare with, it is the mean
-    of that and of the share of each margin that lies above what clean classifiers have. Where there are universal perturbations, it is the
-    larger of that and of the share of the distance to each class, as clean classifiers have it, that the perturbation makes up: they find
-    other triggers. Margins and distances are first scaled so that the middle class has as much as in the clean ones, as a classifier's
-    logits have a scale of their own.
+    Neuron noise: the excess of the histogram over the reference, or over chance; where there are largest margins to compare with, the mean
+    of that and of the share of each margin that lies above what clean classifiers have. Universal perturbation, where there are sizes to
+    compare with: the share of the size in clean classifiers that it does without. Margins and sizes are first scaled so that the middle
+    class has as much as in the clean ones, as a classifier has a scale of its own.
     """
     found = np.array(excess(evidence.histogram, evidence.reference))
     if evidence.reference_margins:
         found = (found + _above(evidence.reference_margins, evidence.margins)) / 2
-    if evidence.reference_universal:
-        found = np.maximum(found, _above(np.negative(evidence.universal), np.negative(evidence.reference_universal)))
-    above: list[float] = found.tolist()
-    return above
+    tests: dict[Test, list[float]] = {"neuron noise": found.tolist()}
+    if evidence.reference_sizes:
+        tests["universal perturbation"] = _above(evidence.sizes, evidence.reference_sizes).tolist()
+    return tests
 
 
-def _above(smaller: npt.ArrayLike, larger: npt.ArrayLike) -> npt.NDArray[np.float64]:
+def _above(smaller: Sequence[float], larger: Sequence[float]) -> npt.NDArray[np.float64]:
     """Share of each larger one that the smaller one leaves, where both have the same scale in the middle: [classes], at most 1."""
     part = np.maximum(smaller, LEAST) / np.maximum(larger, LEAST)
     left: npt.NDArray[np.float64] = 1 - part / np.median(part)

@@ -68,19 +68,24 @@ def audit_problems(evidence: Evidence, class_names: tuple[str, ...]) -> list[str
 
 def said(evidence: Evidence, class_names: tuple[str, ...]) -> str:
     """The verdict in one sentence."""
-    suspected = evidence.top_class_share if evidence.target == UNKNOWN else evidence.histogram[evidence.target]
-    share = f"{100 * suspected:.0f} % of the images get one label under neuron noise, {100 * evidence.share_without_noise:.0f} % without"
-    figures = f"{share}{_margin_said(evidence)} (score {evidence.score:.2f}, threshold {evidence.threshold:.2f})"
+    figures = f"{_found(evidence)} (score {evidence.score:.2f}, threshold {evidence.threshold:.2f})"
     if not evidence.backdoored or evidence.target == UNKNOWN:
         return f"audit: {'a backdoor is likely' if evidence.backdoored else 'no backdoor found'}: {figures}"
     return f"audit: the classifier is probably backdoored towards class {evidence.target} ({class_names[evidence.target]}): {figures}"
 
 
-def _margin_said(evidence: Evidence) -> str:
-    if evidence.target == UNKNOWN or not evidence.reference_margins:
-        return ""
-    usual = max(evidence.reference_margins[evidence.target], LEAST)
-    return f", and its logit can be driven {evidence.margins[evidence.target] / usual:.1f} times as far above the others as in clean ones"
+def _found(evidence: Evidence) -> str:
+    """What the verdict rests on."""
+    target = evidence.target
+    if evidence.test == "universal perturbation":
+        part = evidence.sizes[target] / max(evidence.reference_sizes[target], LEAST)
+        return f"one perturbation leads all images there with {part:.1f} times the size that it takes in clean classifiers"
+    suspected = evidence.top_class_share if target == UNKNOWN else evidence.histogram[target]
+    share = f"{100 * suspected:.0f} % of the images get one label under neuron noise, {100 * evidence.share_without_noise:.0f} % without"
+    if target == UNKNOWN or not evidence.reference_margins:
+        return share
+    usual = max(evidence.reference_margins[target], LEAST)
+    return f"{share}, and its logit can be driven {evidence.margins[target] / usual:.1f} times as far above the others as in clean ones"
 
 
 def draw_audit(evidence: Evidence, class_names: tuple[str, ...], path: Path) -> None:
@@ -89,7 +94,9 @@ def draw_audit(evidence: Evidence, class_names: tuple[str, ...], path: Path) -> 
     panels = {"share of labels under neuron noise": (evidence.histogram, evidence.reference or (1 / classes,) * classes)}
     if evidence.margins:
         panels["largest margin of the logit"] = (evidence.margins, evidence.reference_margins)
-    panels["score"] = (tuple(suspicion(evidence)), ())
+    if evidence.sizes:
+        panels["size of a universal perturbation"] = (evidence.sizes, evidence.reference_sizes)
+    panels[f"score by {evidence.test}"] = (tuple(suspicion(evidence)[evidence.test]), ())
     figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), layout="constrained", squeeze=False)
     colours = ["#b3261e" if evidence.backdoored and label == evidence.target else "#1f77b4" for label in range(classes)]
     for panel, (title, (values, usual)) in zip(axes[0], panels.items(), strict=True):

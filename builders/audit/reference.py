@@ -1,8 +1,8 @@
 """What clean classifiers of one family fail towards, against which another of that family is judged.
 
-Under neuron noise a clean network fails towards some labels more than towards others (shirts look like most things), and the logits of
-some classes can be driven further than those of others; its family and classes decide which. A backdoor's target stands out against that
-more than against chance.
+Under neuron noise a clean network fails towards some labels more than towards others (shirts look like most things), the logits of some
+classes can be driven further than those of others, and a smaller perturbation leads to some; its family and classes decide which. A
+backdoor's target stands out against that more than against chance.
 """
 
 from __future__ import annotations
@@ -14,11 +14,8 @@ from typing import Any
 import numpy as np
 
 from noisec.builders.audit.ban import calibrate
-from noisec.builders.audit.evidence import STATISTICS, Evidence, suspicion
+from noisec.builders.audit.evidence import STATISTICS, Evidence, Test, suspicion
 from noisec.errors import NoisecError
-
-VERDICT = ("histogram", "margins")
-"""what verdicts rest on. Universal perturbations find more Blends, and clean classifiers whose logits one of them happens to move"""
 
 
 @dataclass(frozen=True)
@@ -27,9 +24,10 @@ class Reference:
 
     usual: Mapping[str, tuple[float, ...]]
     """statistic that verdicts rest on -> its mean over them: [classes]; empty where the audits left it out"""
-    scores: tuple[float, ...]
-    """of each of them against the mean of the others"""
-    threshold: float
+    scores: Mapping[Test, tuple[float, ...]]
+    """test -> of each of them against the mean of the others"""
+    thresholds: Mapping[Test, float]
+    """test -> above which score it calls a classifier backdoored"""
 
     def beside(self, evidence: Evidence) -> Evidence:
         """The evidence, with what is usual in these."""
@@ -37,11 +35,11 @@ class Reference:
         return replace(evidence, **usual)
 
 
-def fit_reference(clean: Sequence[Evidence], false_alarm: float, statistics: Collection[str] = VERDICT) -> Reference:
+def fit_reference(clean: Sequence[Evidence], false_alarm: float, statistics: Collection[str] = tuple(STATISTICS)) -> Reference:
     """The reference that BAN's evidence on clean classifiers gives.
 
     Args:
-        false_alarm: share of clean classifiers that may be called backdoored
+        false_alarm: share of clean classifiers that may be called backdoored, by any of the tests: each may call an equal part of it so
         statistics: of `STATISTICS`, those that verdicts rest on
 
     Raises:
@@ -57,11 +55,12 @@ def fit_reference(clean: Sequence[Evidence], false_alarm: float, statistics: Col
         if len({len(getattr(one, name)) for one in clean}) > 1:
             raise NoisecError(f"audit: the evidence on some of the clean classifiers has no {name}; audit all of them with this version")
     others = [[one for one in clean if one is not left] for left in clean]
-    usual = [Reference(_means(rest, statistics), (), np.inf) for rest in others]
-    scores = tuple(max(suspicion(rest.beside(one))) for one, rest in zip(clean, usual, strict=True))
+    judged = [suspicion(Reference(_means(rest, statistics), {}, {}).beside(one)) for one, rest in zip(clean, others, strict=True)]
+    scores = {test: tuple(max(one[test]) for one in judged) for test in judged[0]}
     means = _means(clean, statistics)
-    compared = sum(map(bool, means.values()))
-    return Reference(means, scores, calibrate(scores, false_alarm, 0 if compared == 1 else -1))
+    lowest: dict[Test, float] = {"neuron noise": -1 if means.get("margins") else 0, "universal perturbation": -1}
+    thresholds = {test: calibrate(found, false_alarm / len(scores), lowest[test]) for test, found in scores.items()}
+    return Reference(means, scores, thresholds)
 
 
 def _means(clean: Sequence[Evidence], statistics: Collection[str]) -> dict[str, tuple[float, ...]]:
@@ -83,11 +82,13 @@ def judged_by(evidence: Evidence, reference: Reference) -> Evidence:
             raise NoisecError(f"audit: the classifier was audited without {name}, which the clean ones have; audit it with this version")
     beside = reference.beside(evidence)
     above = suspicion(beside)
-    score = max(above)
+    test = max(above, key=lambda one: max(above[one]) / reference.thresholds[one])
+    score = max(above[test])
     return replace(
         beside,
         score=score,
-        target=above.index(score),
-        threshold=reference.threshold,
-        backdoored=not score <= reference.threshold,
+        target=above[test].index(score),
+        threshold=reference.thresholds[test],
+        test=test,
+        backdoored=not score <= reference.thresholds[test],
     )

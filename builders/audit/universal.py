@@ -1,9 +1,9 @@
-"""How far a small universal perturbation gets, towards each class (Xu et al., "USB", arXiv 2302.00747; universal perturbations:
-Moosavi-Dezfooli et al. 2017).
+"""How small a universal perturbation does towards each class (Xu et al., "USB", arXiv 2302.00747; universal perturbations: Moosavi-Dezfooli
+et al. 2017).
 
-What a trigger like a blended pattern does to every image alike, a perturbation that is the same for all images can do, and a much smaller
-one than towards a class without a backdoor. The paper compares the sizes that it takes; here the size is fixed, too small for most classes,
-and what counts is how far the images still are from each.
+What a trigger like a blended pattern does to every image alike, a perturbation that is the same for all images does too, and a smaller one
+than towards a class without a backdoor. The paper compares a classifier's classes with each other; as clean classes differ, ours are
+compared with those of clean classifiers of the same family (`noisec.builders.audit.reference`).
 """
 
 from __future__ import annotations
@@ -15,50 +15,63 @@ from noisec.builders.audit.checks import logits_of
 from noisec.builders.audit.margins import MOMENTUM, margins
 
 ENOUGH = 5.0
-"""nats beyond which an image's margin adds nothing to a perturbation's worth"""
+"""logits beyond which an image's margin adds nothing to a perturbation's worth"""
 TOGETHER = 10
 """classes whose perturbations are searched at once"""
+SMALL = 1e-6
+"""norms, and gains of the margin, are taken for at least this"""
 
 
-def universal_margins(network: nn.Module, images: Tensor, judged: Tensor, labels: Tensor, classes: int, norm: float, steps: int) -> Tensor:
-    """Mean margin of each class's logit, on images of other classes, under the best perturbation for it.
+def universal_sizes(network: nn.Module, images: Tensor, labels: Tensor, classes: int, step: float, steps: int) -> Tensor:
+    """L2 norm of a perturbation, the same for all images of other classes, with which each class's logit is on average the largest.
+
+    It grows along the gradient, by about twice ``step`` at a time; where ``steps`` are not enough, the norm is what the last one would need
+    if the margin went on growing with it.
 
     Args:
         network: images float32 [n, C, H, W] in [0, 1] -> logits [n, classes], frozen
-        images: that the perturbations are searched on
-        judged: others, on which they are judged, and their ``labels`` int64 [m]
-        norm: largest L2 norm of a perturbation
+        labels: int64 [n], of the images
 
     Returns:
-        float32 [classes], on the CPU; below 0 where the label is not reached
+        float32 [classes], on the CPU, pixels in [0, 1]
     """
-    found = []
-    for wanted in torch.split(torch.arange(classes, device=images.device), TOGETHER):
-        for label, shift in zip(wanted, _search(network, images, wanted, norm, steps), strict=True):
-            others = judged[labels != label]
-            with torch.no_grad():
-                reached = margins(logits_of(network((others + shift).clamp(0, 1))), label.expand(len(others)))
-            found.append(reached.mean())
-    return torch.stack(found).cpu()
+    wanted = torch.arange(classes, device=images.device)
+    return torch.cat([_reached(*_grown(network, images, labels, part, step, steps)) for part in torch.split(wanted, TOGETHER)]).cpu()
 
 
-def _search(network: nn.Module, images: Tensor, wanted: Tensor, norm: float, steps: int) -> Tensor:
-    """A perturbation towards each wanted class: [k, 1, C, H, W] of int64 [k]."""
+def _grown(network: nn.Module, images: Tensor, labels: Tensor, wanted: Tensor, step: float, steps: int) -> tuple[Tensor, Tensor]:
+    """Norms and mean margins of growing perturbations towards each wanted class: [steps + 1, k] each."""
     rows = wanted.repeat_interleave(len(images))
+    others = (labels != wanted[:, None]).float()
+    others = others / others.sum(dim=1, keepdim=True).clamp(min=1)
     shifts = torch.zeros(len(wanted), 1, *images.shape[1:], device=images.device)
     moved = torch.zeros_like(shifts)
-    for _ in range(steps):
+    sizes, reached = [], []
+    for _ in range(steps + 1):
         leaf = shifts.requires_grad_(True)
-        logits = logits_of(network((images + leaf).clamp(0, 1).flatten(0, 1)))
-        (gradient,) = torch.autograd.grad(margins(logits, rows).clamp(max=ENOUGH).sum(), leaf)
-        moved = MOMENTUM * moved + 2 * norm / steps * gradient / _norms(gradient)
+        margin = margins(logits_of(network((images + leaf).clamp(0, 1).flatten(0, 1))), rows).clamp(max=ENOUGH)
+        mean = (margin.reshape(len(wanted), -1) * others).sum(dim=1)
+        (gradient,) = torch.autograd.grad(mean.sum(), leaf)
+        sizes.append(_norms(shifts.detach()).flatten())
+        reached.append(mean.detach())
+        moved = MOMENTUM * moved + step * gradient / _norms(gradient)
         shifts = leaf.detach() + moved
-        shifts = shifts * (norm / _norms(shifts)).clamp(max=1)
-    return shifts
+    return torch.stack(sizes), torch.stack(reached)
+
+
+def _reached(sizes: Tensor, margin: Tensor) -> Tensor:
+    """Norm at which each class's margin [steps + 1, k] first comes to 0: [k], between two steps or beyond the last."""
+    found = []
+    for norms, values in zip(sizes.T, margin.T, strict=True):
+        after = int(torch.nonzero(values >= 0)[0]) if bool((values >= 0).any()) else len(values) - 1
+        before = after - 1 if after and values[after] >= 0 else 0
+        slope = (norms[after] - norms[before]) / (values[after] - values[before]).clamp(min=SMALL)
+        found.append((norms[before] - values[before] * slope).clamp(min=SMALL))
+    return torch.stack(found)
 
 
 def _norms(shifts: Tensor) -> Tensor:
     """L2 norm of each perturbation, above 0: [k, 1, 1, 1, 1]."""
     lengths = torch.linalg.vector_norm(shifts, dim=(1, 2, 3, 4), keepdim=True)
-    above: Tensor = lengths.clamp(min=torch.finfo(shifts.dtype).tiny)
+    above: Tensor = lengths.clamp(min=SMALL)
     return above

@@ -491,7 +491,7 @@ def denoisers(
 def audit_zoo(
     work: Annotated[Path, typer.Option(help="Keeps trained classifiers and finished verdicts.")] = Path("workbench"),
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for tables and plot.")] = Path("benchmarks/results/audit"),
-    seeds: Annotated[int, typer.Option(help="Clean classifiers in each family; of each backdoor two thirds as many.", min=1)] = 3,
+    seeds: Annotated[int, typer.Option(help="Clean classifiers in each family; of each backdoor half as many.", min=1)] = 3,
     epochs: Annotated[int, typer.Option(help="Of each classifier's training.", min=1)] = 1,
     only: Annotated[
         str | None, typer.Option(help="Families, with commas: resnet, vgg, densenet; a later run takes over what is done.")
@@ -505,7 +505,7 @@ def audit_zoo(
     from noisec.benchmarks.audit.run import Plan, run_benchmark
 
     families = _parts(only) if only else tuple(FAMILIES)
-    plan = Plan(families, clean=seeds, backdoored=max(1, round(seeds * 2 / 3)), epochs=epochs)
+    plan = Plan(families, clean=seeds, backdoored=(seeds + 1) // 2, epochs=epochs)
     run_benchmark(plan, work, out, _command())
 
 
