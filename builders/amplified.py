@@ -18,6 +18,7 @@ from noisec import contract
 from noisec.builders.classifier import read_model
 from noisec.builders.images import Images
 from noisec.builders.layout import joined, save_model
+from noisec.builders.progress import console
 from noisec.errors import NoisecError
 from noisec.python_backend.scorer.session import open_session
 
@@ -93,4 +94,6 @@ def with_amplified_pass(autoencoder: Path, classifier: Path, images: Images, fol
     own, feed = read_model(classifier / "model.onnx"), f"amplified/{contract.IMAGE}"
     before = helper.make_node("Identity", [contract.IMAGE], [feed], "amplified/feed")
     after = helper.make_node("Identity", [f"amplified/{contract.PENULTIMATE}"], [contract.PASSES["amplified"]], "amplified/answer")
-    save_model(joined(read_model(autoencoder / "model.onnx"), amplified(own, chosen_depth(own, images)), before, after), folder)
+    depth, layers = chosen_depth(own, images), len(amplifiable(own))
+    console.print(f"  amplified pass: the last {depth} of {layers} layers{'; fewer leave clean images right' if depth == layers else ''}")
+    save_model(joined(read_model(autoencoder / "model.onnx"), amplified(own, depth), before, after), folder)
