@@ -94,6 +94,6 @@ def with_amplified_pass(autoencoder: Path, classifier: Path, images: Images, fol
     own, feed = read_model(classifier / "model.onnx"), f"amplified/{contract.IMAGE}"
     before = helper.make_node("Identity", [contract.IMAGE], [feed], "amplified/feed")
     after = helper.make_node("Identity", [f"amplified/{contract.PENULTIMATE}"], [contract.PASSES["amplified"]], "amplified/answer")
-    depth, layers = chosen_depth(own, images), len(amplifiable(own))
-    console.print(f"  amplified pass: the last {depth} of {layers} layers{'; fewer leave clean images right' if depth == layers else ''}")
+    depth = chosen_depth(own, images)
+    console.print(f"  amplified pass: the last {depth} of {len(amplifiable(own))} layers")
     save_model(joined(read_model(autoencoder / "model.onnx"), amplified(own, depth), before, after), folder)
