@@ -324,7 +324,7 @@ def test_a_target_that_one_small_perturbation_reaches_stands_out():
     bad = judged_by(replace(EVIDENCE, histogram=shares, sizes=(0.3, 1.2, 0.35, 0.8, 0.7)), reference)
     assert (bad.backdoored, bad.target, bad.test) == (True, 2, "universal perturbation"), "class 0 is nearest in clean classifiers, too"
     assert bad.score == pytest.approx(1 - 0.35 / 0.9, abs=0.06), "so much of the size is gone, though the histogram is as usual"
-    assert f"leads all images there with {0.35 / reference.usual['sizes'][2]:.1f} times the size" in said(bad, tuple("abcde"))
+    assert f"leads all images to class 2 with {0.35 / reference.usual['sizes'][2]:.1f} times the size" in said(bad, tuple("abcde"))
     assert not judged_by(replace(bad, sizes=tuple(usual / 3)), reference).backdoored, "less does, but for all of them"
     with pytest.raises(NoisecError, match="without sizes"):
         judged_by(replace(EVIDENCE, histogram=shares), reference)

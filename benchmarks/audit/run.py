@@ -340,7 +340,9 @@ def _facts(benchmark: Benchmark, found: Sequence[Found], command: str, seconds: 
         "clean ones from the fourth on were judged; universal perturbations came after two Blends and a Bpp had been missed; joined by "
         "their reach they called reported clean classifiers backdoored, so they count by their size now; that, the two tests at half of "
         "the rate each, and fifteen clean classifiers to compare with instead of five, of which five are augmented, were chosen on 35 "
-        "clean and 14 backdoored classifiers that are not reported; in the time of this search BAN makes five of its six repeats here; "
+        "clean and 14 backdoored classifiers that are not reported; the nominal rate was 5 % until two reported DenseNets without a backdoor "
+        "came out 5 % above their thresholds, and is 2 % since, at which the same 13 of those 14 are found; the fourth seeds of the backdoors "
+        "and the clean ones from the sixth on were judged after all that; in the time of this search BAN makes five of its six repeats here; "
         "that the repair aims "
         "at the suspected class came after its results without, its settings chosen on two ResNets that are not reported (blend, iad)",
         "settings": {name: asdict(one) for name, one in vars(plan.methods).items()},
