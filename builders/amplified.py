@@ -8,6 +8,8 @@ much. It is a part of the autoencoder stage, so that an image is looked at once,
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from noisec.builders.classifier import read_model
 from noisec.builders.images import Images
 from noisec.builders.layout import joined, save_model
 from noisec.builders.progress import console
+from noisec.builders.workbench import DONE
 from noisec.errors import NoisecError
 from noisec.python_backend.scorer.session import open_session
 
@@ -28,6 +31,7 @@ DEEPER = 3
 """layers beyond that one: the fourth of the paper's five classifiers"""
 SAMPLE = 500
 """clean images that choose the depth"""
+DEPTH = "amplified.json"
 
 
 def amplifiable(model: ModelProto) -> list[str]:
@@ -43,15 +47,10 @@ def amplifiable(model: ModelProto) -> list[str]:
 def amplified(model: ModelProto, depth: int) -> ModelProto:
     """A copy of a classifier stage in which the last ``depth`` layers' outputs are `AMPLIFICATION` times as large.
 
-    Raises:
-        NoisecError: it has fewer such layers.
+    Args:
+        depth: from 1 to all of them
     """
     layers = amplifiable(model)
-    if len(layers) < depth:
-        raise NoisecError(
-            f"the classifier has {len(layers)} convolutions and batch norms, and {depth} are to be amplified: leave the detector with "
-            "view = 'amplified' out"
-        )
     kinds = {value.name: value.type.tensor_type.elem_type for value in onnx.shape_inference.infer_shapes(model).graph.value_info}
     result = ModelProto()
     result.CopyFrom(model)
@@ -73,27 +72,56 @@ def chosen_depth(classifier: ModelProto, images: Images) -> int:
 
     Args:
         images: clean and labelled, the classifier was not trained on
+
+    Raises:
+        NoisecError: clean images bear all of them: what survives that tells nothing.
     """
     sample, layers = images[:SAMPLE], len(amplifiable(classifier))
-    pixels = sample.floats()
-    for depth in range(1, layers):
-        (logits,) = open_session(amplified(classifier, depth).SerializeToString()).run([contract.LOGITS], {contract.IMAGE: pixels})
-        if np.mean(logits.argmax(axis=1) != sample.labels) > FAILING:
+    rates = [0.0]
+    for depth in range(1, layers + 1):
+        session = open_session(amplified(classifier, depth).SerializeToString())
+        answers = [session.run([contract.LOGITS], {contract.IMAGE: batch.floats()})[0] for batch in sample.batches()]
+        rates.append(float(np.mean(np.concatenate(answers).argmax(axis=1) != sample.labels)))
+        if rates[-1] > FAILING:
             return min(depth + DEEPER, layers)
-    return max(layers, 1)
+    raise NoisecError(
+        f"however many of the classifier's {layers} convolutions and batch norms are amplified, at most {100 * max(rates):.0f} % of clean "
+        f"images get a wrong label; {100 * FAILING:.0f} % have to, for triggers to stand out: leave the detector of view 'amplified' out"
+    )
 
 
-def with_amplified_pass(autoencoder: Path, classifier: Path, images: Images, folder: Path) -> None:
-    """Write the autoencoder stage with an amplified copy of the classifier beside it, which answers the pass's penultimate activations.
+def amplify(classifier: Path, images: Images, folder: Path) -> None:
+    """Write a classifier stage's amplified copy, and how many of its layers that are.
 
     Args:
-        autoencoder, classifier: folders with ``model.onnx``, staged and with float input
+        classifier: folder with ``model.onnx``, with float input
         images: clean and labelled; they choose how much is amplified
-        folder: gets ``model.onnx``
+        folder: gets ``model.onnx`` and ``amplified.json``
+
+    Raises:
+        NoisecError: the classifier has no layers to amplify, or clean images bear it.
     """
-    own, feed = read_model(classifier / "model.onnx"), f"amplified/{contract.IMAGE}"
-    before = helper.make_node("Identity", [contract.IMAGE], [feed], "amplified/feed")
+    own = read_model(classifier / "model.onnx")
+    depth, layers = chosen_depth(own, images), len(amplifiable(own))
+    console.print(f"  amplified pass: the last {depth} of {layers} layers")
+    (folder / DEPTH).write_text(json.dumps({"amplified": depth, "layers": layers}))
+    save_model(amplified(own, depth), folder)
+
+
+def with_amplified_pass(autoencoder: Path, loud: Path, folder: Path) -> None:
+    """Write the autoencoder stage with the amplified classifier in it, which answers the pass's penultimate activations.
+
+    Args:
+        autoencoder: folder with ``model.onnx``, staged and with float input
+        loud: folder of :func:`amplify`
+        folder: gets ``model.onnx``, and what else lies beside the two graphs
+
+    Raises:
+        NoisecError: the graphs cannot be joined.
+    """
+    for path in (*autoencoder.glob("*.json"), loud / DEPTH):
+        if path.name != DONE:
+            shutil.copyfile(path, folder / path.name)
+    before = helper.make_node("Identity", [contract.IMAGE], [f"amplified/{contract.IMAGE}"], "amplified/feed")
     after = helper.make_node("Identity", [f"amplified/{contract.PENULTIMATE}"], [contract.PASSES["amplified"]], "amplified/answer")
-    depth = chosen_depth(own, images)
-    console.print(f"  amplified pass: the last {depth} of {len(amplifiable(own))} layers")
-    save_model(joined(read_model(autoencoder / "model.onnx"), amplified(own, depth), before, after), folder)
+    save_model(joined(read_model(autoencoder / "model.onnx"), read_model(loud / "model.onnx"), before, after), folder)

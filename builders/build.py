@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import noisec
 from noisec import contract, manifest
 from noisec.builders import datasets, sanity
-from noisec.builders.amplified import with_amplified_pass
+from noisec.builders.amplified import DEPTH, amplify, with_amplified_pass
 from noisec.builders.audit.guard import audit_problems, audit_protected, said
 from noisec.builders.card import write_card
 from noisec.builders.engine import compute_capability, find_tensorrt
@@ -92,6 +92,7 @@ def build(spec: GuardSpec, repository: Path, work: Path, *, report: bool = True,
         "versions": versions(),
         "spec": json.loads(spec.model_dump_json()),
         "export_difference": json.loads((autoencoder / "difference.json").read_text()),
+        "amplified": json.loads((autoencoder / DEPTH).read_text()) if spec.amplifies else None,
         "threshold": float(served.scorer.threshold),
         "classifier": protected.description,
         "attacked": attacked.name if attacked else None,
@@ -109,6 +110,7 @@ def build_autoencoder(spec: GuardSpec, splits: Splits, bench: Workbench, classif
     Args:
         classifier: folder of the classifier stage, by which a guided denoiser is trained, and which is amplified
     """
+    loud = amplified_classifier(spec, splits, bench, classifier) if spec.amplifies else None
     described = depended_on(spec.autoencoder)
     guided = described.pop("guidance") > 0
     inputs = {**training_inputs(spec, splits), "autoencoder": described}
@@ -129,15 +131,15 @@ def build_autoencoder(spec: GuardSpec, splits: Splits, bench: Workbench, classif
         (folder / "difference.json").write_text(json.dumps({"autoencoder": difference}))
 
     plain = bench.step("autoencoder-stage", {"from": weights.name, "offset": offset}, export)
-    if not spec.amplifies:
+    if loud is None:
         return plain
+    return bench.step("autoencoder-amplified", {"from": plain.name, "amplified": loud.name}, partial(with_amplified_pass, plain, loud))
 
-    def amplify(folder: Path) -> None:
-        with_amplified_pass(plain, classifier, splits.fit, folder)
-        shutil.copyfile(plain / "difference.json", folder / "difference.json")
 
-    files = {"from": plain.name, "classifier": classifier.name, "data": str(spec.data), "files": splits.digest}
-    return bench.step("autoencoder-amplified", files, amplify)
+def amplified_classifier(spec: GuardSpec, splits: Splits, bench: Workbench, classifier: Path) -> Path:
+    """Folder with the classifier stage's amplified copy; nothing has been trained for it."""
+    inputs = {"classifier": classifier.name, "data": str(spec.data), "files": splits.digest}
+    return bench.step("amplified", inputs, lambda folder: amplify(classifier, splits.fit, folder))
 
 
 def versions() -> dict[str, str]:

@@ -24,6 +24,8 @@ MAX_DIFFERENCE = 1e-3
 """largest difference of a fused graph's activations from the two graphs' that still counts as rounding, relative to their scale"""
 COMPARED = 4
 """rows on which they are compared"""
+APART = "set layout = 'staged' and leave detectors with view = 'amplified' out"
+"""what serves a classifier that cannot be joined"""
 LARGEST_FILE = 2**31 - 1
 """bytes that a protobuf file may have; weights beyond lie beside it"""
 
@@ -51,7 +53,7 @@ def arrange(spec: GuardSpec, plain: Mapping[Stage, Path], stage: Stage, folder: 
     if spec.serving.input == "uint8":
         graph = take_bytes(graph)
     save_model(graph, folder)
-    if stage == "autoencoder":
+    if stage == "autoencoder" and fused_passes(spec):
         _compare(spec, plain, folder)
 
 
@@ -80,6 +82,9 @@ def joined(autoencoder: ModelProto, classifier: ModelProto, before: NodeProto, a
     Args:
         before: makes the classifier's input, ``PREFIX/IMAGE``, of what the stage has; the prefix is that of all the classifier's names
         after: makes classifier passes of its ``PREFIX/PENULTIMATE``
+
+    Raises:
+        NoisecError: they cannot be joined.
     """
     (fed,) = before.output
     first, second = _same_opset(autoencoder, classifier)
@@ -102,7 +107,16 @@ def joined(autoencoder: ModelProto, classifier: ModelProto, before: NodeProto, a
         functions=[*first.functions, *second.functions],
         producer_name="noisec",
     )
+    _check(whole)
     return whole
+
+
+def _check(whole: ModelProto) -> None:
+    """Refuse what does not hold together: names that only a branch or a loop reads are not prefixed."""
+    try:
+        onnx.checker.check_model(whole)
+    except onnx.checker.ValidationError as error:
+        raise NoisecError(f"the classifier cannot be joined with the autoencoder; {APART}: {error}") from error
 
 
 def _same_opset(*models: ModelProto) -> list[ModelProto]:
@@ -119,7 +133,7 @@ def _same_opset(*models: ModelProto) -> list[ModelProto]:
             for model, opset in zip(models, opsets, strict=True)
         ]
     except Exception as error:  # the converter raises whatever its C++ throws
-        raise NoisecError(f"to be joined, both graphs need opset {highest}; converting failed: {error}; set layout = 'staged'") from error
+        raise NoisecError(f"to be joined, both graphs need opset {highest}; converting failed; {APART}: {error}") from error
 
 
 def take_bytes(model: ModelProto) -> ModelProto:

@@ -73,8 +73,8 @@ def recalibrate_with(infer: Infer, repository: Path, guard: str, work: Path, ask
         table = {**table, precision: {**table.get(precision, {}), spec.runtime: row}}
         sanity.refuse(sanity.precision_problems(precision, table, spec.runtime), force=force)
     widths, names = read_widths(repository, guard)
-    write_repository(repository, new, widths, names, stages, scorer, read_plans(repository, guard))
     audited = said(Evidence.of(old["audit"]), names) if old.get("audit") else ""
+    write_repository(repository, new, widths, names, stages, scorer, read_plans(repository, guard))
     write_card(repository, new, old["classifier"], widths, figures, table, audited)
     kept: dict[str, Any] = {
         key: old[key] for key in ("versions", "export_difference", "classifier", "attacked", "audit", "compiled") if key in old

@@ -324,7 +324,9 @@ def test_a_target_that_one_small_perturbation_reaches_stands_out():
     bad = judged_by(replace(EVIDENCE, histogram=shares, sizes=(0.3, 1.2, 0.35, 0.8, 0.7)), reference)
     assert (bad.backdoored, bad.target, bad.test) == (True, 2, "universal perturbation"), "class 0 is nearest in clean classifiers, too"
     assert bad.score == pytest.approx(1 - 0.35 / 0.9, abs=0.06), "so much of the size is gone, though the histogram is as usual"
-    assert f"leads all images to class 2 with {0.35 / reference.usual['sizes'][2]:.1f} times the size" in said(bad, tuple("abcde"))
+    assert f"makes class 2 the likeliest on average with {0.35 / reference.usual['sizes'][2]:.1f} times the size" in said(
+        bad, tuple("abcde")
+    )
     assert not judged_by(replace(bad, sizes=tuple(usual / 3)), reference).backdoored, "less does, but for all of them"
     with pytest.raises(NoisecError, match="without sizes"):
         judged_by(replace(EVIDENCE, histogram=shares), reference)
@@ -340,6 +342,24 @@ def test_each_of_two_tests_may_raise_half_of_the_false_alarms():
     assert fit_reference(both, 0.02).thresholds["neuron noise"] > fit_reference(clean, 0.02).thresholds["neuron noise"]
 
 
+class Rounding(nn.Module):
+    """A network that sees a rounded image, and so gives no gradient."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network(images.round(decimals=1) + 0 * images)
+
+
+class Standardised(nn.Module):
+    """A network that divides each image by its deviation, whose gradient is no number where the image is all one grey."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return ((images - images.mean()) / (images.var(dim=(1, 2, 3), keepdim=True).sqrt() + 1e-3)).flatten(1)[:, :3]
+
+
 def test_the_size_of_a_universal_perturbation_is_the_distance_to_a_class():
     images, labels = torch.full((12, 1, 4, 4), 0.3, device=DEVICE), torch.arange(12, device=DEVICE) % 3
     network = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
@@ -350,6 +370,15 @@ def test_the_size_of_a_universal_perturbation_is_the_distance_to_a_class():
     assert sizes[1] == pytest.approx(0.2, abs=1e-3), "one pixel has to rise from .3 to .5"
     assert sizes[2] == pytest.approx(0.15 * 2**0.5, abs=1e-3), "two pixels share what is missing"
     assert universal_sizes(network, images, labels, 3, 0.01, 2).tolist()[1] == pytest.approx(0.2, abs=1e-3), "as far as it got, and on"
+    assert universal_sizes(network, images, labels, 3, 0.001, 2).tolist()[1] == pytest.approx(0.02), "no further than can be guessed"
+    assert min(universal_sizes(Rounding(network), images, labels, 3, 0.05, 8).tolist()[1:]) == pytest.approx(4), "nothing moves it"
+
+
+def test_a_perturbation_whose_gradient_is_no_number_gives_no_verdict():
+    images, labels = torch.rand(6, 1, 4, 4, device=DEVICE), torch.arange(6, device=DEVICE) % 3
+    images[0] = 0.5
+    with pytest.raises(NoisecError, match="finite|no number|NaN|overflow"):
+        universal_sizes(Standardised(), images, labels, 3, 0.05, 3)
 
 
 def test_logits_that_overflow_are_no_clean_verdict(sets):

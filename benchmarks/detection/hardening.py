@@ -85,7 +85,7 @@ class DrawnStages:
             contract.PASSES["image"]: passes["image"][contract.PENULTIMATE],
             contract.PASSES["noise"]: passes["noise"][contract.PENULTIMATE],
             contract.PASSES["reconstruction"]: passes["reconstruction"][contract.PENULTIMATE],
-            **{name: tensor for name, tensor in made[0].items() if name == contract.PASSES["amplified"]},
+            **{name: tensor for name, tensor in self._denoisers[0].named(images).items() if name == contract.PASSES["amplified"]},
         }
 
     def arrays(self, images: Floats, title: str) -> Tensors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -65,8 +65,9 @@ class Evidence:
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Evidence:
-        """The same as ``dataclasses.asdict`` gave it, or JSON made of that."""
-        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
+        """The same as ``dataclasses.asdict`` gave it, or JSON made of that; what another version's has besides is left out."""
+        known = {field.name for field in fields(cls)} & set(content)
+        values: dict[str, Any] = {name: tuple(content[name]) if isinstance(content[name], list) else content[name] for name in known}
         return cls(**values)
 
 

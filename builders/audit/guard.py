@@ -79,7 +79,7 @@ def _found(evidence: Evidence) -> str:
     target = evidence.target
     if evidence.test == "universal perturbation":
         part = evidence.sizes[target] / max(evidence.reference_sizes[target], LEAST)
-        return f"one perturbation leads all images to class {target} with {part:.1f} times the size that it takes in clean classifiers"
+        return f"one perturbation makes class {target} the likeliest on average with {part:.1f} times the size that it takes in clean ones"
     suspected = evidence.top_class_share if target == UNKNOWN else evidence.histogram[target]
     share = f"{100 * suspected:.0f} % of the images get one label under neuron noise, {100 * evidence.share_without_noise:.0f} % without"
     if target == UNKNOWN or not evidence.reference_margins:

@@ -90,5 +90,5 @@ def judged_by(evidence: Evidence, reference: Reference) -> Evidence:
         target=above[test].index(score),
         threshold=reference.thresholds[test],
         test=test,
-        backdoored=not score <= reference.thresholds[test],
+        backdoored=any(not max(found) <= reference.thresholds[one] for one, found in above.items()),
     )

@@ -8,25 +8,30 @@ compared with those of clean classifiers of the same family (`noisec.builders.au
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from noisec.builders.audit.checks import logits_of
 from noisec.builders.audit.margins import MOMENTUM, margins
+from noisec.errors import NoisecError
 
 ENOUGH = 5.0
 """logits beyond which an image's margin adds nothing to a perturbation's worth"""
 TOGETHER = 10
 """classes whose perturbations are searched at once"""
+FURTHEST = 10.0
+"""ways of all steps beyond which nobody guesses what a class takes"""
 SMALL = 1e-6
-"""norms, and gains of the margin, are taken for at least this"""
+"""norms are taken for at least this"""
 
 
 def universal_sizes(network: nn.Module, images: Tensor, labels: Tensor, classes: int, step: float, steps: int) -> Tensor:
     """L2 norm of a perturbation, the same for all images of other classes, with which each class's logit is on average the largest.
 
     It grows along the gradient, by about twice ``step`` at a time; where ``steps`` are not enough, the norm is what the last one would need
-    if the margin went on growing with it.
+    if the margin went on growing with it, at most `FURTHEST` times the way of all steps.
 
     Args:
         network: images float32 [n, C, H, W] in [0, 1] -> logits [n, classes], frozen
@@ -34,9 +39,19 @@ def universal_sizes(network: nn.Module, images: Tensor, labels: Tensor, classes:
 
     Returns:
         float32 [classes], on the CPU, pixels in [0, 1]
+
+    Raises:
+        NoisecError: a size is not finite.
     """
-    wanted = torch.arange(classes, device=images.device)
-    return torch.cat([_reached(*_grown(network, images, labels, part, step, steps)) for part in torch.split(wanted, TOGETHER)]).cpu()
+    parts = torch.split(torch.arange(classes, device=images.device), TOGETHER)
+    norms, reached = (
+        torch.cat(found, dim=1) for found in zip(*(_grown(network, images, labels, one, step, steps) for one in parts), strict=True)
+    )
+    furthest = FURTHEST * step * steps
+    sizes = torch.tensor([_crossing(*path, furthest) for path in zip(norms.T.tolist(), reached.T.tolist(), strict=True)])
+    if not bool(torch.isfinite(sizes).all()):
+        raise NoisecError("audit: the classifier's logits or gradients are not finite on perturbed images; no verdict rests on that")
+    return sizes
 
 
 def _grown(network: nn.Module, images: Tensor, labels: Tensor, wanted: Tensor, step: float, steps: int) -> tuple[Tensor, Tensor]:
@@ -59,15 +74,14 @@ def _grown(network: nn.Module, images: Tensor, labels: Tensor, wanted: Tensor, s
     return torch.stack(sizes), torch.stack(reached)
 
 
-def _reached(sizes: Tensor, margin: Tensor) -> Tensor:
-    """Norm at which each class's margin [steps + 1, k] first comes to 0: [k], between two steps or beyond the last."""
-    found = []
-    for norms, values in zip(sizes.T, margin.T, strict=True):
-        after = int(torch.nonzero(values >= 0)[0]) if bool((values >= 0).any()) else len(values) - 1
-        before = after - 1 if after and values[after] >= 0 else 0
-        slope = (norms[after] - norms[before]) / (values[after] - values[before]).clamp(min=SMALL)
-        found.append((norms[before] - values[before] * slope).clamp(min=SMALL))
-    return torch.stack(found)
+def _crossing(norms: Sequence[float], margin: Sequence[float], furthest: float) -> float:
+    """Norm at which one class's margin first comes to 0, between two steps or beyond the last."""
+    over = [place for place, value in enumerate(margin) if value >= 0]
+    if over[:1] == [0]:
+        return norms[0]
+    before, after = (over[0] - 1, over[0]) if over else (0, len(margin) - 1)
+    gained = margin[after] - margin[before]
+    return furthest if gained <= 0 else min(norms[before] - margin[before] * (norms[after] - norms[before]) / gained, furthest)
 
 
 def _norms(shifts: Tensor) -> Tensor:

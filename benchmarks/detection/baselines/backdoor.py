@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from noisec.benchmarks.detection.baselines.base import Labels, Network, batched, in_arrays, predicted, softmax
+from noisec.builders.amplified import AMPLIFICATION, FAILING
 from noisec.builders.images import Floats, Images
 from noisec.errors import NoisecError
 
 OVERLAYS = 20
 """clean images that STRIP lays over each input"""
-AMPLIFICATION, DEPTHS, FAILING = 1.5, 5, 0.6
-"""IBD-PSC's factor, number of amplified networks, and clean error rate from which on they are taken"""
+DEPTHS = 5
+"""IBD-PSC's number of amplified networks"""
 SAMPLE = 1000
 """clean images that choose IBD-PSC's first depth"""
 MULTIPLES = (3.0, 5.0, 7.0, 9.0, 11.0)
