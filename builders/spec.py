@@ -299,7 +299,7 @@ class GuardSpec(Section):
     precision: Precision = "fp32"
     """written into the network stages' graphs"""
     stage_precision: dict[Stage, Precision] = {}
-    """other precision for one stage"""
+    """other precision for one stage; an amplified pass is part of the autoencoder stage"""
     compare: tuple[Precision, ...] = ()
     """precisions that are built and measured beside the one that serves"""
     int8_calibration: Calibration = "entropy"

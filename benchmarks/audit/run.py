@@ -105,7 +105,7 @@ class Plan:
     backdoored: int = 2
     """seeds of each backdoor in each family"""
     calibration: int = 10
-    """further clean seeds in each family, on which alone the thresholds are fitted"""
+    """further clean seeds in each family, on which, with others (`calibrating`), the thresholds are fitted"""
     epochs: int = 1
     cleansed: tuple[str, ...] = (CLEAN, "badnets")
     """attacks whose first seed Neural Cleanse judges too, in the first family; it is slow"""

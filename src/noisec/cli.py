@@ -283,7 +283,7 @@ def audit(
     spec: Annotated[Path, typer.Argument(help="The guard's TOML file.")],
     work: Annotated[Path, typer.Option(help="Folder for finished steps, as of `noisec build`.")] = Path("workbench"),
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the evidence as JSON; - for standard output.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the labels under neuron noise into this picture.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw what the audit saw of each class into this picture.")] = None,
     like: Annotated[
         list[Path] | None,
         typer.Option(help="Evidence (--json) of a clean classifier with the same classes and architecture; at least three calibrate."),

@@ -237,6 +237,7 @@ class Scorer:
     def score(self, tensors: Mapping[str, Floats]) -> Floats:
         """The fused score: the sum of the detectors' surprisals (Fisher's method on their p-values, none above 1), or the largest of them
         (Tippett's). Detectors that look at the same input are not independent, so the sum's own distribution is calibrated afterwards.
+        Where detectors stand `apart` from the sum, the score is the larger of its surprisal and theirs.
 
         Args:
             tensors: name -> float32 [n, d] or [n, 1], as ``inputs`` lists them
