@@ -62,18 +62,18 @@ COMPARED = {"ban": ("histogram", "margins", "sizes"), "ban-noise": ("histogram",
 KNOWN = (
     "BAN's settings were chosen while looking at four ResNets, two of which are reported; the comparison with clean classifiers of "
     "the family came after a first look at the zoo's verdicts, the comparison of unbalanced ones with unbalanced ones after a second; "
-    "with three of these, one family's threshold was so high that its unbalanced backdoor passed, so there are five; the largest "
-    "margins came after a third look, their search chosen on three VGGs that are not reported, how they join the shares while looking "
-    "at the VGGs and at the first seed of each backdoor of the others, but at no other second seed (except one ResNet's) or hard "
-    "case; all of that was settled before the third seeds of the backdoors and the clean ones from the fourth on were judged; "
-    "universal perturbations came after two Blends and a Bpp had been missed; joined by their reach they called reported clean "
-    "classifiers backdoored, so they count by their size now; that, the two tests at half of the rate each, and fifteen clean "
-    "classifiers to compare with instead of five, of which five are augmented, were chosen on 35 clean and 14 backdoored classifiers "
-    "that are not reported; the nominal rate was 5 % until two reported DenseNets without a backdoor came out 5 % above their "
-    "thresholds, and is 2 % since, at which the same 13 of those 14 are found; the fourth seeds of the backdoors and the clean ones "
-    "from the sixth on were judged after all that; in the time of this search BAN makes five of its six repeats here; that the repair "
-    "aims at the suspected class came after its results without, its settings chosen on two ResNets that are not reported (blend, "
-    "iad)"
+    "with three of these one family's threshold was so high that its unbalanced backdoor passed, with five another's was at the rate "
+    "that came last, so there are ten; the largest margins came after a third look, their search chosen on three VGGs that are not "
+    "reported, how they join the shares while looking at the VGGs and at the first seed of each backdoor of the others, but at no "
+    "other second seed (except one ResNet's) or hard case; all of that was settled before the third seeds of the backdoors and the "
+    "clean ones from the fourth on were judged; universal perturbations came after two Blends and a Bpp had been missed; joined by "
+    "their reach they called reported clean classifiers backdoored, so they count by their size now; that, the two tests at half of "
+    "the rate each, and fifteen clean classifiers to compare with instead of five, of which five are augmented, were chosen on 35 "
+    "clean and 14 backdoored classifiers that are not reported; the nominal rate was 5 % until two reported DenseNets without a "
+    "backdoor came out 5 % above their thresholds, and is 2 % since, at which the same 13 of those 14 are found; the fourth seeds of "
+    "the backdoors and the clean ones from the sixth on were judged after all that; in the time of this search BAN makes five of its "
+    "six repeats here; that the repair aims at the suspected class came after its results without, its settings chosen on two ResNets "
+    "that are not reported (blend, iad)"
 )
 """what of the zoo had been seen when its settings were chosen"""
 
@@ -122,12 +122,12 @@ class Plan:
     def calibrating(self, family: str) -> dict[str, list[Recipe]]:
         """The clean classifiers that are not: hard case, or empty, -> those that its classifiers are compared with.
 
-        Beside the clean ones are half as many heavily augmented ones, as a defender knows a classifier's classes but not how it was
-        trained; and half as many of unbalanced data stand for others of that.
+        Beside the plain ones are half as many heavily augmented ones, as a defender knows a classifier's classes but not how it was
+        trained; as many of unbalanced data as of plain ones stand for others of that.
         """
-        few = max(3, self.calibration // 2)
-        extra = {case: [(case, few)] for case in self.hard if case in (AUGMENTED, UNBALANCED)}
-        kinds = {"": [(CLEAN, self.calibration), *extra.pop(AUGMENTED, [])], **extra}
+        extra = {case: [(case, self.calibration)] for case in self.hard if case == UNBALANCED}
+        augmented = [(AUGMENTED, (self.calibration + 1) // 2)] if AUGMENTED in self.hard else []
+        kinds = {"": [(CLEAN, self.calibration), *augmented], **extra}
         return {
             case: [Recipe(family, kind, CALIBRATION_SEED + number, "calibration") for kind, count in pairs for number in range(count)]
             for case, pairs in kinds.items()
