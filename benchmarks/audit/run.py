@@ -20,7 +20,6 @@ from noisec.benchmarks.audit.families import FAMILIES
 from noisec.benchmarks.audit.report import Found, Repaired, Standard, write_results
 from noisec.benchmarks.audit.zoo import (
     ATTACKS,
-    AUGMENTED,
     CALIBRATION_SEED,
     CLEAN,
     FIRST_SEED,
@@ -46,8 +45,8 @@ from noisec.builders.train import DEVICE, has_bfloat16
 from noisec.builders.workbench import Workbench, seconds_of
 from noisec.errors import NoisecError
 
-FALSE_ALARM = 0.02
-"""nominal, of every calibrated method; what is measured on a few dozen classifiers scatters around it, and may be 5 %"""
+FALSE_ALARM = 0.05
+"""nominal, of every calibrated method"""
 REPAIR_SHARE = 0.05
 """of the training images: what the paper repairs with"""
 RATES = (0.05, 0.1)
@@ -62,18 +61,18 @@ COMPARED = {"ban": ("histogram", "margins", "sizes"), "ban-noise": ("histogram",
 KNOWN = (
     "BAN's settings were chosen while looking at four ResNets, two of which are reported; the comparison with clean classifiers of "
     "the family came after a first look at the zoo's verdicts, the comparison of unbalanced ones with unbalanced ones after a second; "
-    "with three of these one family's threshold was so high that its unbalanced backdoor passed, with five another's was at the rate "
-    "that came last, so there are ten; the largest margins came after a third look, their search chosen on three VGGs that are not "
-    "reported, how they join the shares while looking at the VGGs and at the first seed of each backdoor of the others, but at no "
-    "other second seed (except one ResNet's) or hard case; all of that was settled before the third seeds of the backdoors and the "
-    "clean ones from the fourth on were judged; universal perturbations came after two Blends and a Bpp had been missed; joined by "
-    "their reach they called reported clean classifiers backdoored, so they count by their size now; that, the two tests at half of "
-    "the rate each, and fifteen clean classifiers to compare with instead of five, of which five are augmented, were chosen on 35 "
-    "clean and 14 backdoored classifiers that are not reported; the nominal rate was 5 % until two reported DenseNets without a "
-    "backdoor came out 5 % above their thresholds, and is 2 % since, at which the same 13 of those 14 are found; the fourth seeds of "
-    "the backdoors and the clean ones from the sixth on were judged after all that; in the time of this search BAN makes five of its "
-    "six repeats here; that the repair aims at the suspected class came after its results without, its settings chosen on two ResNets "
-    "that are not reported (blend, iad)"
+    "with three of these one family's threshold was so high that its unbalanced backdoor passed, so there are as many as of the "
+    "balanced ones; the largest margins came after a third look, their search chosen on three VGGs that are not reported, how they "
+    "join the shares while looking at the VGGs and at the first seed of each backdoor of the others, but at no other second seed "
+    "(except one ResNet's) or hard case; all of that was settled before the third seeds of the backdoors and the clean ones from the "
+    "fourth on were judged; universal perturbations came after two Blends and a Bpp had been missed; joined by their reach they "
+    "called reported clean classifiers backdoored, so they count by their size now, in a test of its own at half of the rate, chosen "
+    "on classifiers that are not reported; fifteen clean ones to compare with, a third of them augmented, were tried next: on the "
+    "same 96 they gave 88 right verdicts and 2 false alarms at a nominal 5 %, and 90 and none at 2 %, so it stayed at five and 5 %, "
+    "with the reported ones in view; the fourth seeds of the backdoors and the clean ones from the sixth on came after the tests and "
+    "before that choice, and 21 of these 24 are judged right in each of the three ways; in the time of this search BAN makes five of "
+    "its six repeats here; that the repair aims at the suspected class came after its results without, its settings chosen on two "
+    "ResNets that are not reported (blend, iad)"
 )
 """what of the zoo had been seen when its settings were chosen"""
 
@@ -104,8 +103,8 @@ class Plan:
     """seeds of clean classifiers in each family"""
     backdoored: int = 2
     """seeds of each backdoor in each family"""
-    calibration: int = 10
-    """further clean seeds in each family, on which, with others (`calibrating`), the thresholds are fitted"""
+    calibration: int = 5
+    """further clean seeds in each family, on which alone the thresholds are fitted; as many again of unbalanced data, for others of that"""
     epochs: int = 1
     cleansed: tuple[str, ...] = (CLEAN, "badnets")
     """attacks whose first seed Neural Cleanse judges too, in the first family; it is slow"""
@@ -120,17 +119,10 @@ class Plan:
         return [*clean, *(Recipe(family, case, FIRST_SEED) for case in self.hard), *bad]
 
     def calibrating(self, family: str) -> dict[str, list[Recipe]]:
-        """The clean classifiers that are not: hard case, or empty, -> those that its classifiers are compared with.
-
-        Beside the plain ones are half as many heavily augmented ones, as a defender knows a classifier's classes but not how it was
-        trained; as many of unbalanced data as of plain ones stand for others of that.
-        """
-        extra = {case: [(case, self.calibration)] for case in self.hard if case == UNBALANCED}
-        augmented = [(AUGMENTED, (self.calibration + 1) // 2)] if AUGMENTED in self.hard else []
-        kinds = {"": [(CLEAN, self.calibration), *augmented], **extra}
+        """The clean classifiers that are not: hard case, or empty, -> those that its classifiers are compared with."""
         return {
-            case: [Recipe(family, kind, CALIBRATION_SEED + number, "calibration") for kind, count in pairs for number in range(count)]
-            for case, pairs in kinds.items()
+            case: [Recipe(family, case or CLEAN, CALIBRATION_SEED + number, "calibration") for number in range(self.calibration)]
+            for case in ("", *({UNBALANCED} & set(self.hard)))
         }
 
 
