@@ -59,7 +59,7 @@ SPECS = {
     ),
     "unknown view": (
         lambda text: text.replace('view = "delta"', 'view = "logits"'),
-        "detectors.1.view: Input should be 'pixels', 'noise', 'delta' or 'image'",
+        "detectors.1.view: Input should be 'pixels', 'noise', 'delta', 'image' or 'amplified'",
     ),
     "a detector twice": (lambda text: text.replace('view = "image"', 'view = "noise"'), r"listed twice: \['noise-class-gaussian'\]"),
     "a view that does not fit": (
