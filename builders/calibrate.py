@@ -241,7 +241,7 @@ def fit_tensors(spec: GuardSpec, fit: Mapping[str, Floats], calibration: Mapping
     )
     repeats = fit_repeats(spec.memory, image_view(fit, head), image_view(calibration, head), spec.seed) if spec.memory else None
     scorer = Scorer(spec.release, spec.target_fpr, spec.fusion, edges, head, detectors, np.empty(0, np.float32), repeats=repeats)
-    if spec.fusion == "fisher" and scorer.apart.any() and not scorer.apart.all():
+    if scorer.needs_together:
         sums = summed(scorer.score_each(fit)[~scorer.apart][:, sets_scales(len(levels))])
         scorer = replace(scorer, together=fit_scale(sums))
     return replace(scorer, calibration=np.sort(scorer.score(calibration)))

@@ -24,7 +24,7 @@ MAX_DIFFERENCE = 1e-3
 """largest difference of a fused graph's activations from the two graphs' that still counts as rounding, relative to their scale"""
 COMPARED = 4
 """rows on which they are compared"""
-APART = "set layout = 'staged' and leave detectors with view = 'amplified' out"
+REMEDY = "set layout = 'staged' and leave detectors with view = 'amplified' out"
 """what serves a classifier that cannot be joined"""
 LARGEST_FILE = 2**31 - 1
 """bytes that a protobuf file may have; weights beyond lie beside it"""
@@ -112,11 +112,14 @@ def joined(autoencoder: ModelProto, classifier: ModelProto, before: NodeProto, a
 
 
 def _check(whole: ModelProto) -> None:
-    """Refuse what does not hold together: names that only a branch or a loop reads are not prefixed."""
+    """Refuse what does not hold together: names that only a branch or a loop reads are not prefixed. The checker reads nothing larger than
+    one file."""
+    if whole.ByteSize() > LARGEST_FILE:
+        return
     try:
         onnx.checker.check_model(whole)
     except onnx.checker.ValidationError as error:
-        raise NoisecError(f"the classifier cannot be joined with the autoencoder; {APART}: {error}") from error
+        raise NoisecError(f"the classifier cannot be joined with the autoencoder; {REMEDY}: {error}") from error
 
 
 def _same_opset(*models: ModelProto) -> list[ModelProto]:
@@ -133,7 +136,7 @@ def _same_opset(*models: ModelProto) -> list[ModelProto]:
             for model, opset in zip(models, opsets, strict=True)
         ]
     except Exception as error:  # the converter raises whatever its C++ throws
-        raise NoisecError(f"to be joined, both graphs need opset {highest}; converting failed; {APART}: {error}") from error
+        raise NoisecError(f"to be joined, both graphs need opset {highest}; converting failed; {REMEDY}: {error}") from error
 
 
 def take_bytes(model: ModelProto) -> ModelProto:

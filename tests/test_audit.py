@@ -377,7 +377,7 @@ def test_the_size_of_a_universal_perturbation_is_the_distance_to_a_class():
 def test_a_perturbation_whose_gradient_is_no_number_gives_no_verdict():
     images, labels = torch.rand(6, 1, 4, 4, device=DEVICE), torch.arange(6, device=DEVICE) % 3
     images[0] = 0.5
-    with pytest.raises(NoisecError, match="finite|no number|NaN|overflow"):
+    with pytest.raises(NoisecError, match="not finite on perturbed images"):
         universal_sizes(Standardised(), images, labels, 3, 0.05, 3)
 
 

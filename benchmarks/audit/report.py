@@ -57,12 +57,12 @@ INTRODUCTION = f"""A classifier is called backdoored where a method's score lies
 and method to further clean classifiers, which are in no table (`calibrate`; the rate is nominal, from a distribution fitted to few
 scores). BAN with this project's settings has two tests, of which each may raise half of the false alarms. One compares each label's
 share under neuron noise, and the largest margin of its logit (MM-BD), with what they are among these classifiers; the other the size of
-one perturbation that leads images of all other classes to it (USB). Classifiers of unbalanced data, clean or backdoored, have clean ones
-of the same imbalance to be compared with, for all methods; those of few classes are compared with chance, by their shares alone. The
-search for universal perturbations takes the place of one of six repeats. Neural Cleanse has no such score, is slow, and judges a part of
-the zoo at its paper's anomaly index. BTI-DBF is written anew from its paper. A backdoor whose attack success is below {percent(TOOK, 0)}
-did not take: it is named and counts nowhere. The classifiers of the hard clean cases are trained on what they are named after; a
-defender audits them with images like all others'."""
+one perturbation with which it is on average the likeliest class of all other images (USB). Classifiers of unbalanced data, clean or
+backdoored, have clean ones of the same imbalance to be compared with, for all methods; those of few classes are compared with chance, by
+their shares alone. The search for universal perturbations takes the place of one of six repeats. Neural Cleanse has no such score, is
+slow, and judges a part of the zoo at its paper's anomaly index. BTI-DBF is written anew from its paper. A backdoor whose attack success
+is below {percent(TOOK, 0)} did not take: it is named and counts nowhere. The classifiers of the hard clean cases are trained on what they are named
+after; a defender audits them with images like all others'."""
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class Evidence:
     reference_margins: tuple[float, ...] = ()
     """BAN: the same of the clean classifiers; empty where no verdict rests on margins"""
     sizes: tuple[float, ...] = ()
-    """BAN: L2 norm, pixels in [0, 1], of a perturbation that leads images to each class, the same for all of them
+    """BAN: L2 norm, pixels in [0, 1], of a perturbation, the same for all images, with which each class is on average the likeliest
     (`noisec.builders.audit.universal`)"""
     reference_sizes: tuple[float, ...] = ()
     """BAN: the same of the clean classifiers; empty where no verdict rests on sizes"""

@@ -257,6 +257,11 @@ class Scorer:
         """[number of detectors], those that are in no sum"""
         return np.array([detector.kind == APART for detector in self.detectors])
 
+    @property
+    def needs_together(self) -> bool:
+        """Whether there is a sum that other detectors stand beside."""
+        return self.fusion == "fisher" and bool(self.apart.any() and not self.apart.all())
+
     def verdict(self, tensors: Mapping[str, Floats]) -> Verdict:
         """Score, conformal p-value and verdict. A score that is not a number is malicious: a broken detector never says benign."""
         score = self.score(tensors)
@@ -359,7 +364,7 @@ class Scorer:
                     raise ValueError(f"detector {detector.name} has values that are not finite")
                 if not scale.ascends:
                     raise ValueError(f"the scale of detector {detector.name} does not ascend")
-        if self.together is None and self.fusion == "fisher" and self.apart.any() and not self.apart.all():
+        if self.together is None and self.needs_together:
             raise ValueError("there is no scale for the sum of the detectors, which others stand beside")
         if self.together and not self.together.ascends:
             raise ValueError("the scale of the detectors' sum does not ascend")
