@@ -61,8 +61,8 @@ one perturbation with which it is on average the likeliest class of all other im
 backdoored, have clean ones of the same imbalance to be compared with, for all methods; those of few classes are compared with chance, by
 their shares alone. The search for universal perturbations takes the place of one of six repeats. Neural Cleanse has no such score, is
 slow, and judges a part of the zoo at its paper's anomaly index. BTI-DBF is written anew from its paper. A backdoor whose attack success
-is below {percent(TOOK, 0)} did not take: it is named and counts nowhere. The classifiers of the hard clean cases are trained on what they are named
-after; a defender audits them with images like all others'."""
+is below {percent(TOOK, 0)} did not take: it is named and counts nowhere. The classifiers of the hard clean cases are
+trained on what they are named after; a defender audits them with images like all others'."""
 
 
 @dataclass(frozen=True)
