@@ -14,6 +14,8 @@ import numpy.typing as npt
 
 from .detectors import Floats
 
+Indices = npt.NDArray[np.intp]
+
 SAME = 0.01
 """share of the radius within which two inputs are the same one"""
 ROUNDING = 1e-5
@@ -53,30 +55,38 @@ class Memory:
         Returns:
             bool [n]; what it is for activations that are not finite does not matter, they are malicious anyway
         """
+        count = len(activations)
         with np.errstate(over="ignore", invalid="ignore"):
             rows = (activations - self._rule.centre).astype(np.float32)
             lengths = np.einsum("nd,nd->n", rows, rows)
             points = np.concatenate([rows, -0.5 * lengths[:, None]], axis=1)
-            near_held, same_held = self._neighbours(rows, lengths, self._points[: self._seen])
-            near_batch, same_batch = self._neighbours(rows, lengths, points)
-        new = np.flatnonzero(np.isfinite(lengths) & ~same_held.any(axis=1) & ~np.tril(same_batch, -1).any(axis=1))
+            held, _, held_same = self._neighbours(rows, lengths, self._points[: self._seen])
+            own, other, own_same = self._neighbours(rows, lengths, points)
+        new = np.isfinite(lengths)
+        new[held[held_same]] = False
+        new[own[own_same & (other < own)]] = False
         self._remember(points[new])
-        repeated: npt.NDArray[np.bool_] = near_held.sum(axis=1) + near_batch[:, new].sum(axis=1) >= self._rule.neighbours
+        near = np.concatenate([held[~held_same], own[~own_same & new[other]]])
+        repeated: npt.NDArray[np.bool_] = np.bincount(near, minlength=count) >= self._rule.neighbours
         return repeated
 
-    def _neighbours(self, rows: Floats, lengths: Floats, points: Floats) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-        """Which points are nearly what each row is, and which are the same: bool [n, m] each.
+    def _neighbours(self, rows: Floats, lengths: Floats, points: Floats) -> tuple[Indices, Indices, npt.NDArray[np.bool_]]:
+        """Pairs of a row and a point that is nearly what the row is, or the same: row, point, and whether they are the same: [pairs] each.
 
-        |a - b|^2 <= r^2 as a.b - |b|^2 / 2 >= (|a|^2 - r^2) / 2: the left side is one matrix product. It is too coarse to tell the same
-        from the nearly same, so that the few pairs for which that is open are subtracted.
+        |a - b|^2 <= r^2 as a.b - |b|^2 / 2 >= (|a|^2 - r^2) / 2: the left side is one matrix product, of which few entries are that large.
+        It is too coarse to tell the same from the nearly same, so that the few pairs for which that is open are subtracted.
         """
         products = np.concatenate([rows, np.ones((len(rows), 1), np.float32)], axis=1) @ points.T
         same_below = float(SAME * self._rule.radius) ** 2
-        near = products >= (lengths[:, None] - self._rule.radius**2) / 2
-        same = products >= (lengths[:, None] * (1 - ROUNDING) - same_below) / 2
-        open_rows, open_points = np.nonzero(same)
-        same[open_rows, open_points] = np.square(rows[open_rows] - points[open_points, :-1]).sum(axis=1) <= same_below
-        return near & ~same, same
+        near = ((lengths - self._rule.radius**2) / 2).astype(np.float32)
+        same = ((lengths * (1 - ROUNDING) - same_below) / 2).astype(np.float32)
+        own, other = np.divmod(np.flatnonzero(products >= np.minimum(near, same)[:, None]), len(points))
+        found = products[own, other]
+        is_same = found >= same[own]
+        pairs = np.flatnonzero(is_same)
+        is_same[pairs] = np.square(rows[own[pairs]] - points[other[pairs], :-1]).sum(axis=1) <= same_below
+        kept = is_same | (found >= near[own])
+        return own[kept], other[kept], is_same[kept]
 
     def _remember(self, points: Floats) -> None:
         points = points[-len(self._points) :]
