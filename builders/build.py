@@ -12,7 +12,7 @@ from pathlib import Path
 import noisec
 from noisec import contract, manifest
 from noisec.builders import datasets, sanity
-from noisec.builders.amplified import DEPTH, amplify, with_amplified_pass
+from noisec.builders.amplified import DEPTHS, amplify, with_amplified_passes
 from noisec.builders.audit.guard import audit_problems, audit_protected, said
 from noisec.builders.card import write_card
 from noisec.builders.engine import compute_capability, find_tensorrt
@@ -92,7 +92,7 @@ def build(spec: GuardSpec, repository: Path, work: Path, *, report: bool = True,
         "versions": versions(),
         "spec": json.loads(spec.model_dump_json()),
         "export_difference": json.loads((autoencoder / "difference.json").read_text()),
-        "amplified": json.loads((autoencoder / DEPTH).read_text()) if spec.amplifies else None,
+        "amplified": json.loads((autoencoder / DEPTHS).read_text()) if spec.amplifies else None,
         "threshold": float(served.scorer.threshold),
         "classifier": protected.description,
         "attacked": attacked.name if attacked else None,
@@ -110,7 +110,7 @@ def build_autoencoder(spec: GuardSpec, splits: Splits, bench: Workbench, classif
     Args:
         classifier: folder of the classifier stage, by which a guided denoiser is trained, and which is amplified
     """
-    loud = amplified_classifier(spec, splits, bench, classifier) if spec.amplifies else None
+    loud = amplified_classifiers(spec, splits, bench, classifier) if spec.amplifies else None
     described = depended_on(spec.autoencoder)
     guided = described.pop("guidance") > 0
     inputs = {**training_inputs(spec, splits), "autoencoder": described}
@@ -133,12 +133,12 @@ def build_autoencoder(spec: GuardSpec, splits: Splits, bench: Workbench, classif
     plain = bench.step("autoencoder-stage", {"from": weights.name, "offset": offset}, export)
     if loud is None:
         return plain
-    return bench.step("autoencoder-amplified", {"from": plain.name, "amplified": loud.name}, partial(with_amplified_pass, plain, loud))
+    return bench.step("autoencoder-amplified", {"from": plain.name, "amplified": loud.name}, partial(with_amplified_passes, plain, loud))
 
 
-def amplified_classifier(spec: GuardSpec, splits: Splits, bench: Workbench, classifier: Path) -> Path:
-    """Folder with the classifier stage's amplified copy; nothing has been trained for it."""
-    inputs = {"classifier": classifier.name, "data": str(spec.data), "files": splits.digest}
+def amplified_classifiers(spec: GuardSpec, splits: Splits, bench: Workbench, classifier: Path) -> Path:
+    """Folder with the classifier stage's amplified copies; nothing has been trained for them."""
+    inputs = {"classifier": classifier.name, "passes": contract.AMPLIFIED, "data": str(spec.data), "files": splits.digest}
     return bench.step("amplified", inputs, lambda folder: amplify(classifier, splits.fit, folder))
 
 

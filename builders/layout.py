@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,15 +73,15 @@ def fuse(autoencoder: ModelProto, classifier: ModelProto, spec: GuardSpec) -> Mo
     names = [contract.PASSES[one] for one in passes]
     join = helper.make_node("Concat", [sources[one] for one in passes], [f"classifier/{contract.IMAGE}"], "join", axis=0)
     part = helper.make_node("Split", [f"classifier/{contract.PENULTIMATE}"], names, "part", axis=0, num_outputs=len(names))
-    return joined(autoencoder, classifier, join, part)
+    return joined(autoencoder, classifier, join, [part])
 
 
-def joined(autoencoder: ModelProto, classifier: ModelProto, before: NodeProto, after: NodeProto) -> ModelProto:
+def joined(autoencoder: ModelProto, classifier: ModelProto, before: NodeProto, after: Sequence[NodeProto]) -> ModelProto:
     """The autoencoder stage with a classifier in it.
 
     Args:
         before: makes the classifier's input, ``PREFIX/IMAGE``, of what the stage has; the prefix is that of all the classifier's names
-        after: makes classifier passes of its ``PREFIX/PENULTIMATE``
+        after: each makes classifier passes of one of its outputs, such as ``PREFIX/PENULTIMATE``
 
     Raises:
         NoisecError: they cannot be joined.
@@ -90,10 +90,12 @@ def joined(autoencoder: ModelProto, classifier: ModelProto, before: NodeProto, a
     first, second = _same_opset(autoencoder, classifier)
     first = onnx.compose.add_prefix(first, "autoencoder/", rename_inputs=False, rename_outputs=False)
     second = onnx.compose.add_prefix(second, fed.removesuffix(contract.IMAGE))
-    features = next(value for value in classifier.graph.output if value.name == contract.PENULTIMATE).type.tensor_type.shape.dim[1]
-    made = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", features.dim_value]) for name in after.output]
+    widths = {value.name: value.type.tensor_type.shape.dim[1].dim_value for value in second.graph.output}
+    made = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", widths[node.input[0]]]) for node in after for name in node.output
+    ]
     graph = helper.make_graph(
-        [*first.graph.node, before, *second.graph.node, after],
+        [*first.graph.node, before, *second.graph.node, *after],
         "autoencoder and classifier",
         list(first.graph.input),
         [*first.graph.output, *made],

@@ -48,8 +48,8 @@ def fused_passes(spec: GuardSpec) -> tuple[contract.Pass, ...]:
 
 
 def own_passes(spec: GuardSpec) -> tuple[contract.Pass, ...]:
-    """The classifier passes that the autoencoder stage makes itself: those, and the amplified one in every layout."""
-    return tuple(one for one in passes_needed(spec) if one == "amplified" or one in fused_passes(spec))
+    """The classifier passes that the autoencoder stage makes itself: those, and the amplified ones in every layout."""
+    return tuple(one for one in passes_needed(spec) if one in contract.AMPLIFIED or one in fused_passes(spec))
 
 
 def scorer_inputs(spec: GuardSpec) -> tuple[str, ...]:

@@ -195,8 +195,8 @@ class DetectorSpec(Section):
     mutants of the last layer; ``reconstruction-error``: root mean square of the noise itself; ``confidence``: how sure of its label the
     classifier stays while its last layers are amplified, as it does of a trigger's"""
     view: View
-    """``pixels``: n; ``noise``: F(n), as published; ``delta``: F(x) - F(A(x)); ``image``: F(x); ``amplified``: F'(x) of the amplified
-    classifier, one more classifier pass"""
+    """``pixels``: n; ``noise``: F(n), as published; ``delta``: F(x) - F(A(x)); ``image``: F(x); ``amplified``: F'(x) and F''(x) of
+    the classifier amplified to two depths, which together take more than one classifier pass and less than two"""
     components: Positive = 1
     """``mixture``: Gaussians in each mixture; the paper uses one"""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -299,7 +299,7 @@ class GuardSpec(Section):
     precision: Precision = "fp32"
     """written into the network stages' graphs"""
     stage_precision: dict[Stage, Precision] = {}
-    """other precision for one stage; an amplified pass is part of the autoencoder stage"""
+    """other precision for one stage; amplified passes are part of the autoencoder stage"""
     compare: tuple[Precision, ...] = ()
     """precisions that are built and measured beside the one that serves"""
     int8_calibration: Calibration = "entropy"
@@ -368,8 +368,8 @@ class GuardSpec(Section):
 
     @property
     def amplifies(self) -> bool:
-        """Whether the autoencoder stage makes the amplified pass."""
-        return any("amplified" in contract.VIEWS[detector.view] for detector in self.detectors)
+        """Whether the autoencoder stage makes the amplified passes."""
+        return any(detector.view == "amplified" for detector in self.detectors)
 
     @property
     def needs_head(self) -> bool:

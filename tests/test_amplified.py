@@ -1,4 +1,4 @@
-"""The amplified pass: in the graph, in the scorer, and on a real server in every layout."""
+"""Amplified passes: in the graph, in the scorer, and on a real server in every layout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from noisec import contract, manifest
-from noisec.builders.amplified import AMPLIFICATION, DEEPER, amplifiable, amplified, amplify, chosen_depth, with_amplified_pass
+from noisec.builders.amplified import AMPLIFICATION, DEEPER, amplifiable, amplified, amplify, chosen_depths, with_amplified_passes
 from noisec.builders.calibrate import fit_scorer
 from noisec.builders.export import export_stage
 from noisec.builders.head import read_head
@@ -57,14 +57,28 @@ def small(tmp_path_factory):
     return onnx.load(path)
 
 
-@pytest.mark.parametrize("depth", [1, 3])
-def test_the_last_layers_outputs_are_multiplied(small, pixels, depth):
-    found = open_session(amplified(small, depth).SerializeToString()).run(None, {contract.IMAGE: pixels[:8]})
-    with torch.no_grad():
-        expected = Small()(torch.from_numpy(pixels[:8]), loud=depth)
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(one, other.numpy(), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("depths", [(1,), (3,), (1, 2), (2, 3), (3, 3)])
+def test_the_last_layers_outputs_are_multiplied(small, pixels, depths):
+    graph = amplified(small, depths)
+    session = open_session(graph.SerializeToString())
+    for depth in depths:
+        found = session.run([f"{depth}/{name}" for name in contract.CLASSIFIER_OUTPUTS], {contract.IMAGE: pixels[:8]})
+        with torch.no_grad():
+            expected = Small()(torch.from_numpy(pixels[:8]), loud=depth)
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one, other.numpy(), rtol=1e-4, atol=1e-5)
     assert len(amplifiable(small)) == 3, "the original is as it was"
+    apart = max(depths) - 1 if len(set(depths)) > 1 else 0  # layers that the shallower copy does not have in common with the deeper one
+    assert len(amplifiable(graph)) == 3 + apart
+
+
+def test_branches_have_no_layers(small):
+    model = onnx.ModelProto()
+    model.CopyFrom(small)
+    node = model.graph.node.add(op_type="If", input=["chosen"], output=["either"])
+    node.attribute.append(onnx.helper.make_attribute("then_branch", onnx.helper.make_graph([], "empty", [], [])))
+    with pytest.raises(NoisecError, match="branches or loops cannot be amplified: leave the detector"):
+        amplified(model, [1])
 
 
 def test_a_batch_norm_stands_for_its_convolution(small):
@@ -92,15 +106,15 @@ def test_views_and_kinds_go_together():
 def test_what_clean_images_bear_is_refused(report):
     classifier = onnx.load(REPOSITORY / f"{GUARD}_classifier" / "1" / "model.onnx")
     with pytest.raises(NoisecError, match="however many of the classifier's 3 convolutions .* at most [0-9] % .* leave the detector"):
-        chosen_depth(classifier, report)
+        chosen_depths(classifier, report)
 
 
-def test_the_depth_is_a_little_more_than_what_clean_images_bear(small, report, tmp_path):
-    assert chosen_depth(small, report) == min(1 + DEEPER, 3), "untrained, it is wrong from the first layer on"
+def test_the_depths_are_where_clean_images_fail_and_beyond(small, report, tmp_path):
+    assert chosen_depths(small, report) == (1, min(1 + DEEPER, 3)), "untrained, it is wrong from the first layer on"
     onnx.save(small, tmp_path / "model.onnx")
     (tmp_path / "loud").mkdir()
     amplify(tmp_path, report, tmp_path / "loud")
-    assert json.loads((tmp_path / "loud" / "amplified.json").read_text()) == {"amplified": 3, "layers": 3}
+    assert json.loads((tmp_path / "loud" / "amplified.json").read_text()) == {"amplified": [1, 3], "layers": 3}
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
@@ -108,26 +122,31 @@ def test_an_amplified_stage_can_be_lowered(small, pixels, tmp_path, precision):
     folders = {name: tmp_path / name for name in ("loud", "plain", "whole", "low")}
     for folder in folders.values():
         folder.mkdir()
-    onnx.save(amplified(small, 2), folders["loud"] / "model.onnx")
-    (folders["loud"] / "amplified.json").write_text("{}")
+    amplify_to(folders["loud"], small, (1, 2))
     shutil.copyfile(REPOSITORY / f"{GUARD}_autoencoder" / "1" / "model.onnx", folders["plain"] / "model.onnx")
-    with_amplified_pass(folders["plain"], folders["loud"], folders["whole"])
+    with_amplified_passes(folders["plain"], folders["loud"], folders["whole"])
     lower(folders["whole"], precision, [pixels], "max", folders["low"])
-    name = contract.PASSES["amplified"]
-    exact, low = (open_session(folders[one] / "model.onnx").run([name], {contract.IMAGE: pixels})[0] for one in ("whole", "low"))
-    assert 0 < np.abs(exact - low).max() < 0.1 * np.abs(exact).max()
+    names = [contract.PASSES[one] for one in contract.AMPLIFIED]
+    both = (open_session(folders[one] / "model.onnx").run(names, {contract.IMAGE: pixels}) for one in ("whole", "low"))
+    for exact, low in zip(*both, strict=True):
+        assert 0 < np.abs(exact - low).max() < 0.1 * np.abs(exact).max()
+
+
+def amplify_to(folder, classifier, depths):
+    """What `amplify` writes, of depths that nobody chose."""
+    onnx.save(amplified(classifier, depths), folder / "model.onnx")
+    (folder / "amplified.json").write_text(json.dumps({"amplified": depths}))
 
 
 @pytest.fixture(scope="module")
 def amplifying(report, tmp_path_factory):
-    """The reference guard with an amplified pass, staged, and in one process under another name."""
+    """The reference guard with amplified passes, staged, and in one process under another name."""
     folder = tmp_path_factory.mktemp("amplifying")
     plain, content = Release.newest(REPOSITORY, GUARD), manifest.read_manifest(REPOSITORY, GUARD)
     spec = changed(plain.spec, detectors=(*plain.spec.detectors, CONFIDENCE), serving=ServingSpec())
     (folder / "loud").mkdir()
-    onnx.save(amplified(onnx.load(plain.folder("classifier") / "model.onnx"), 2), folder / "loud" / "model.onnx")
-    (folder / "loud" / "amplified.json").write_text("{}")
-    with_amplified_pass(plain.folder("autoencoder"), folder / "loud", folder)
+    amplify_to(folder / "loud", onnx.load(plain.folder("classifier") / "model.onnx"), (1, 2))
+    with_amplified_passes(plain.folder("autoencoder"), folder / "loud", folder)
     stages = {"autoencoder": folder, "classifier": plain.folder("classifier")}
     splits = Splits(report[:10], report[1000:2000], report[2000:3000], report[:200], ())
     run = StageRunner.of(spec, in_process(stages, 1))
@@ -157,15 +176,15 @@ def test_every_layout_gives_the_verdicts_of_the_scorer_that_was_fitted(amplifyin
     np.testing.assert_allclose(again.scores, expected.scores, rtol=1e-3, atol=1e-3)
 
 
-def test_the_amplified_pass_is_differentiable_and_alone_can_raise_the_alarm(amplifying, pixels):
+def test_the_amplified_passes_are_differentiable_and_alone_can_raise_the_alarm(amplifying, pixels):
     _, run, scorer, folder = amplifying
     images = torch.from_numpy(pixels[:4]).requires_grad_(True)
     graph = TorchGraph(folder / "model.onnx", "cpu")
     answers = dict(zip(graph.outputs, graph(images), strict=True))
-    (slope,) = torch.autograd.grad(answers[contract.PASSES["amplified"]].square().sum(), images)
+    (slope,) = torch.autograd.grad(sum(answers[contract.PASSES[one]].square().sum() for one in contract.AMPLIFIED), images)
     assert slope.abs().sum() > 0
     tensors = run.batch(pixels[:4])
     assert not scorer.verdict(tensors).is_malicious.all()
     certain = tensors[contract.PASSES["image"]] * 50
-    verdict = scorer.verdict({**tensors, contract.PASSES["amplified"]: certain})
+    verdict = scorer.verdict({**tensors, **{contract.PASSES[one]: certain for one in contract.AMPLIFIED}})
     assert verdict.is_malicious.all(), "as sure as that of the label is no clean image"

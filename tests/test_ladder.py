@@ -69,8 +69,10 @@ def answers(subject, pgd):
     """What the stages answer to fit images, and to clean and to attacked ones."""
     fit, pixels = noisy(subject.splits.fit.floats(), 0.02), np.concatenate([subject.splits.report[64:128].floats(), noisy(pgd, 0.02)])
     sets = subject.tensors(fit, len(fit)), subject.tensors(pixels, len(pixels))
-    for tensors in sets:  # the reference guard makes no amplified pass; its noise pass is as good for a formula
-        tensors[contract.PASSES["amplified"]] = tensors[contract.PASSES["noise"]]
+    for tensors in sets:  # the reference guard makes no amplified passes; others are as good for a formula
+        tensors |= {
+            contract.PASSES[one]: tensors[contract.PASSES[other]] for one, other in zip(contract.AMPLIFIED, ("noise", "image"), strict=True)
+        }
     return sets
 
 

@@ -256,12 +256,14 @@ def test_a_detector_that_stands_apart_is_in_no_sum(vectors, head):
         replace(scorer, together=TailScale(scorer.together.scores[::-1], scorer.together.surprisals)).check()
 
 
-def test_confidence_is_the_logit_of_the_labels_probability(vectors, head):
-    amplified = np.roll(vectors, 5, axis=0)
+def test_confidence_is_the_mean_logit_of_the_labels_probabilities(vectors, head):
+    amplified = np.roll(vectors, 5, axis=0), np.roll(vectors, 6, axis=0)
     labels = head.logits(vectors).argmax(axis=1)
-    found = Confidence().score(View((amplified,), labels, head))
-    own = softmax(head.logits(amplified).astype(np.float64), axis=1)[np.arange(len(vectors)), labels]
-    assert np.allclose(found, np.log(own / (1 - own)), rtol=1e-3, atol=1e-3)
+    found = Confidence().score(View(amplified, labels, head))
+    probabilities = [softmax(head.logits(one).astype(np.float64), axis=1) for one in amplified]
+    wanted = np.arange(3) == labels[:, None]
+    odds = [one[wanted] / np.where(wanted, 0, one).sum(axis=1) for one in probabilities]
+    assert np.allclose(found, np.mean(np.log(odds), axis=0), rtol=1e-3, atol=1e-3)
 
 
 def test_the_change_in_logits_is_measured_from_the_predicted_class(vectors, head):

@@ -27,6 +27,7 @@ from noisec.builders.torchgraph import TorchGraph
 FIT, CALIBRATE = 6000, 3000
 """images, as every draw costs all denoisers"""
 DRAWS = 5
+AMPLIFIED = [contract.PASSES[one] for one in contract.AMPLIFIED]
 """verdicts that an attacked image's success is averaged over"""
 
 
@@ -85,7 +86,7 @@ class DrawnStages:
             contract.PASSES["image"]: passes["image"][contract.PENULTIMATE],
             contract.PASSES["noise"]: passes["noise"][contract.PENULTIMATE],
             contract.PASSES["reconstruction"]: passes["reconstruction"][contract.PENULTIMATE],
-            **{name: tensor for name, tensor in self._denoisers[0].named(images).items() if name == contract.PASSES["amplified"]},
+            **{name: tensor for name, tensor in self._denoisers[0].named(images).items() if name in AMPLIFIED},
         }
 
     def arrays(self, images: Floats, title: str) -> Tensors:

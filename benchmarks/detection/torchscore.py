@@ -149,10 +149,10 @@ def _mutation(fitted: detectors.HeadMutation, device: str) -> Raw:
 
 
 def _confidence(view: TorchView) -> Tensor:
-    logits = view.head.logits(view.activations[0])
-    label = view.labels[:, None]
-    others = logits.scatter(1, label, -torch.inf)
-    return logits.gather(1, label)[:, 0] - torch.logsumexp(others, dim=1)
+    logits = torch.stack([view.head.logits(part) for part in view.activations])
+    label = view.labels.expand(len(logits), -1)[..., None]
+    others = logits.scatter(2, label, -torch.inf)
+    return (logits.gather(2, label)[..., 0] - torch.logsumexp(others, dim=2)).mean(dim=0)
 
 
 STATISTICS: dict[str, Callable[..., Raw]] = {
@@ -262,7 +262,7 @@ def compose(stages: Mapping[str, Path], scorer: Scorer, noise_source: str, devic
     """
     graphs = {stage: TorchGraph(folder / "model.onnx", device) for stage, folder in stages.items()}
     score = TorchScorer(scorer, device)
-    passes = [one for one, name in contract.PASSES.items() if one != "amplified" and (name in scorer.inputs or one == "image")]
+    passes = [one for one, name in contract.PASSES.items() if one not in contract.AMPLIFIED and (name in scorer.inputs or one == "image")]
 
     def run(stage: str, images: Tensor) -> dict[str, Tensor]:
         return dict(zip(graphs[stage].outputs, graphs[stage](images), strict=True))

@@ -75,7 +75,10 @@ def speed(guard: Guard, runtime: str, stages: Mapping[str, GpuStage]) -> list[di
     with torch.cuda.stream(new_stream()):
         for batch in [size for size in BATCHES if size <= min(stage.largest for stage in stages.values())]:
             launchers = {name: stage.launcher(batch) for name, stage in stages.items()}
-            whole = [launchers["autoencoder"], *(launchers["classifier"] for one in passes_needed(guard.spec) if one != "amplified")]
+            whole = [
+                launchers["autoencoder"],
+                *(launchers["classifier"] for one in passes_needed(guard.spec) if one not in contract.AMPLIFIED),
+            ]
             launchers["guard"] = lambda whole=whole: [launch() for launch in whole]  # type: ignore[misc]
             for name, launch in launchers.items():
                 ms = median_ms(launch)

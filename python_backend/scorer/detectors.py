@@ -45,7 +45,8 @@ class View:
     """Rows as one detector sees them."""
 
     activations: tuple[Floats, ...]
-    """one or two of [n, d]: one is taken as it is, of two the second is subtracted from the first; or the noise level alone, [n, 1]"""
+    """one or two of [n, d]: one is taken as it is, of two the second is subtracted from the first, but where they are two classifiers'; or
+    the noise level alone, [n, 1]"""
     labels: Integers
     """[n], the class that the classifier gives the image"""
     head: Head
@@ -234,17 +235,16 @@ class ReconstructionError:
 
 @dataclass(frozen=True)
 class Confidence:
-    """How sure of the label an amplified classifier stays (IBD-PSC, section 4.1): clean images lose theirs, triggered ones do not."""
+    """How sure of the label amplified classifiers stay (IBD-PSC, section 4.1): clean images lose theirs, triggered ones do not."""
 
     def score(self, view: View) -> Floats:
-        """Logit of the label's probability, which unlike the probability never reaches its bound."""
-        (logits,) = view.logits()
-        rows = np.arange(len(logits))
-        label = logits[rows, view.labels]
-        others = logits.copy()
-        others[rows, view.labels] = -np.inf
-        peak = others.max(axis=1)
-        result: Floats = label - peak - np.log(np.exp(others - peak[:, None]).sum(axis=1))
+        """Logit of the label's probability, which unlike the probability never reaches its bound, on average over the classifiers."""
+        others = np.stack(view.logits())
+        rows = np.arange(len(view.labels))
+        label = others[:, rows, view.labels]
+        others[:, rows, view.labels] = -np.inf
+        peak = others.max(axis=2)
+        result: Floats = (label - peak - np.log(np.exp(others - peak[..., None]).sum(axis=2))).mean(axis=0)
         return result
 
 

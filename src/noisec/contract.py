@@ -42,23 +42,27 @@ VERDICT: Final = (SCORE, P_VALUE, IS_MALICIOUS, RELEASE)
 OUTPUTS: Final = (LOGITS, *VERDICT)
 """What the ensemble answers."""
 
-Pass = Literal["noise", "image", "reconstruction", "amplified"]
+Pass = Literal["noise", "image", "reconstruction", "amplified", "deeper"]
 PASSES: Final = MappingProxyType[Pass, str](
     {
         "noise": "NOISE_PENULTIMATE",
         "image": "IMAGE_PENULTIMATE",
         "reconstruction": "RECONSTRUCTION_PENULTIMATE",
         "amplified": "AMPLIFIED_PENULTIMATE",
+        "deeper": "AMPLIFIED_DEEPER_PENULTIMATE",
     }
 )
-"""A classifier pass -> the scorer's input that carries its penultimate activations. The amplified one is the autoencoder stage's own."""
+"""A classifier pass -> the scorer's input that carries its penultimate activations."""
+
+AMPLIFIED: Final[tuple[Pass, ...]] = ("amplified", "deeper")
+"""Passes of the classifier with fewer and with more of its last layers amplified; the autoencoder stage makes them in every layout."""
 
 View = Literal["pixels", "noise", "delta", "image", "amplified"]
 VIEWS: Final = MappingProxyType[str, tuple[Pass, ...]](
-    {"pixels": (), "noise": ("noise",), "delta": ("image", "reconstruction"), "image": ("image",), "amplified": ("amplified",)}
+    {"pixels": (), "noise": ("noise",), "delta": ("image", "reconstruction"), "image": ("image",), "amplified": AMPLIFIED}
 )
-"""What a detector looks at -> the classifier passes it needs: none for n itself, then F(n), F(x) - F(A(x)), F(x), and F'(x) of the
-classifier whose last layers are amplified."""
+"""What a detector looks at -> the classifier passes it needs: none for n itself, then F(n), F(x) - F(A(x)), F(x), and F'(x) and
+F''(x) of the classifier whose last layers are amplified."""
 
 STAGES: Final = ("autoencoder", "classifier", "scorer")
 

@@ -99,7 +99,7 @@ class Detector:
     kind: str
     """one of ``STATISTICS``"""
     inputs: tuple[str, ...]
-    """tensors that the view reads: one is taken as it is, of two the second is subtracted from the first"""
+    """tensors that the view reads"""
     statistics: tuple[Statistic, ...]
     """[L]"""
     scales: tuple[TailScale, ...]
