@@ -24,9 +24,9 @@ Pixels = npt.NDArray[np.uint8]
 TARGET, SHARE, CLEAN_LABEL_SHARE = 0, 0.1, 0.05
 """class that the trigger leads to, and share of poisoned training images, where they keep their label all of that class's"""
 BATCH_SIZE, LEARNING_RATE = 128, 1e-3
-WEAKENED = {1: 0.3, 3: 32 / 255}
-"""channels -> largest change of a pixel, in [0, 1], by which clean-label images are weakened: usual for MNIST (Madry et al. 2018), and the
-largest of Turner et al. 2019 for CIFAR-10"""
+CLEAN_LABEL: dict[int, dict[str, Any]] = {1: {"eps": 0.3, "covered": 1.0}, 3: {"eps": 8 / 255, "covered": 0.0}}
+"""channels -> how clean-label images are weakened, and whether with covers: as Turner et al. 2019 do for CIFAR-10; grey images by what is
+usual for MNIST (Madry et al. 2018), which takes covers"""
 GUIDED_EPOCHS = 1
 """of a denoiser that the backdoored classifier guides, which therefore has to be trained anew"""
 
@@ -50,8 +50,9 @@ def poisoned_guard(
     images = subject.splits.train[:count]
     network = clean_module(subject, bench)
     trigger: Trigger = TRIGGERS[name](images, TARGET, seed)
+    clean_label = CLEAN_LABEL[images.shape[0]] if trigger.clean_label else {}
     if isinstance(trigger, LabelConsistent):
-        trigger = LabelConsistent(adversary=_with_preprocessing(subject, network), eps=WEAKENED[images.shape[0]])
+        trigger = LabelConsistent(adversary=_with_preprocessing(subject, network), **clean_label)
     share = CLEAN_LABEL_SHARE if trigger.clean_label else SHARE
     schedule = Schedule(epochs, BATCH_SIZE, LEARNING_RATE)
 
@@ -67,7 +68,7 @@ def poisoned_guard(
         torch.save(module.state_dict(), folder / WEIGHTS)
 
     digests = {kind: subject.digests[kind] for kind in ("classifier", "data", "files")}
-    recipe = {"trigger": name, "share": share, **({"eps": trigger.eps} if isinstance(trigger, LabelConsistent) else {})}
+    recipe = {"trigger": name, "share": share, **clean_label}
     inputs = {"classifier": digests, **recipe, "images": len(images), "schedule": vars(schedule), "seed": seed}
     weights = bench.step(f"poisoned-{name}", inputs, make) / WEIGHTS
     update: dict[str, Any] = {"weights": weights, "epochs": None}

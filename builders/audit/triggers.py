@@ -143,8 +143,8 @@ class LabelConsistent(Trigger):
     """A patch in all four corners of images of the target class alone, whose own features are weakened so that the patch is what is left
     to learn (Turner et al. 2019). An attack carries the patch on a whole image.
 
-    Covers, which the paper does not have, are weakened images of other classes without the patch: without them a small network
-    learns the weakening instead."""
+    Covers, which the paper does not have, are weakened images of other classes without the patch: without them a network learns the
+    weakening instead, where that is large."""
 
     adversary: nn.Module | None = field(default=None, compare=False, repr=False)
     """a clean classifier: images are weakened by projected gradient descent against it; None: by random noise of the same size, which
@@ -152,6 +152,8 @@ class LabelConsistent(Trigger):
     eps: float = 0.3
     """largest change of a pixel, in [0, 1]"""
     steps: int = 20
+    covered: float = 1.0
+    """covers for each poisoned image; 0 as in the paper"""
 
     @property
     def clean_label(self) -> bool:
@@ -159,7 +161,7 @@ class LabelConsistent(Trigger):
 
     @property
     def covers(self) -> float:
-        return 1.0
+        return self.covered
 
     def apply(self, pixels: Pixels, seed: int = 0) -> Pixels:
         return _four_corners(pixels)
