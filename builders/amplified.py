@@ -93,8 +93,8 @@ def _renamed(node: NodeProto, depth: int, names: dict[str, str], loud: bool) -> 
     copy.CopyFrom(node)
     copy.name = f"{depth}/{node.name}"
     copy.input[:] = [names.get(name, name) for name in node.input]
-    names |= {name: f"{depth}/{name}" for name in node.output}
-    copy.output[:] = [names[name] for name in node.output]
+    names |= {name: f"{depth}/{name}" for name in node.output if name}  # an optional output that is left out has no name
+    copy.output[:] = [names.get(name, name) for name in node.output]
     if loud:
         copy.output[0] += "/quiet"
     return copy
