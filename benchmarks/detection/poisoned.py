@@ -25,8 +25,8 @@ TARGET, SHARE, CLEAN_LABEL_SHARE = 0, 0.1, 0.05
 """class that the trigger leads to, and share of poisoned training images, where they keep their label all of that class's"""
 BATCH_SIZE, LEARNING_RATE = 128, 1e-3
 CLEAN_LABEL: dict[int, dict[str, Any]] = {1: {"eps": 0.3, "covered": 1.0}, 3: {"eps": 8 / 255, "covered": 0.0}}
-"""channels -> how clean-label images are weakened, and whether with covers: colour ones by a usual eps and without, as Turner et al. 2019; grey
-ones by what is usual for MNIST (Madry et al. 2018), which takes covers"""
+"""channels -> how clean-label images are weakened, and whether with covers: colour ones by a usual eps and without, as Turner et al. 2019;
+grey ones by what is usual for MNIST (Madry et al. 2018), which takes covers"""
 GUIDED_EPOCHS = 1
 """of a denoiser that the backdoored classifier guides, which therefore has to be trained anew"""
 
