@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from scipy.spatial.distance import jensenshannon
 from torch import nn
 
@@ -17,7 +18,9 @@ from noisec.benchmarks.detection.baselines import (
     Manda,
     ScaleUp,
     Strip,
+    Transitions,
     divergence_alone,
+    layers_of,
     reconstruction_error_alone,
 )
 from noisec.benchmarks.detection.baselines.artifacts import (
@@ -42,7 +45,7 @@ from noisec.errors import NoisecError
 TARGET = 7
 ATTACKED = 150
 SUPERVISED = ("Artifacts", "MANDA")
-UNSUPERVISED = ("MagNet", "error", "divergence", "STRIP", "IBD-PSC", "SCALE-UP")
+UNSUPERVISED = ("MagNet", "error", "divergence", "transitions", "STRIP", "IBD-PSC", "SCALE-UP")
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,17 @@ class Bench:
     def features(self, images: torch.Tensor) -> torch.Tensor:
         return self.network.network(images)[1]
 
+    def layers(self, images: Floats) -> list[Floats]:
+        seen: list[Floats] = []
+        convolutions = [layer for layer in self.network.modules() if isinstance(layer, nn.Conv2d)]
+        hooks = [
+            layer.register_forward_hook(lambda _, inputs, output: seen.append(output.mean(dim=(2, 3)).numpy())) for layer in convolutions
+        ]
+        in_arrays(self.network)(images)
+        for hook in hooks:
+            hook.remove()
+        return seen
+
     def fitted(self, name: str):
         predict = in_arrays(self.network)
         if name in SUPERVISED:
@@ -73,6 +87,7 @@ class Bench:
             "STRIP": lambda: Strip(count=8),
             "IBD-PSC": lambda: IbdPsc(self.network),
             "SCALE-UP": ScaleUp,
+            "transitions": lambda: Transitions(self.layers),
         }[name]()
         detector.fit(self.fit, predict)
         return detector
@@ -265,6 +280,28 @@ def test_manda_scores_disagreement_and_the_nearness_of_a_boundary():
     assert disagreement(sure, other) == pytest.approx(2 - np.sqrt(2))
     assert dispersion(np.stack([torn, torn, torn])) == pytest.approx(0)
     assert dispersion(np.stack([sure, other])) > dispersion(np.stack([sure, torn])) > 0
+
+
+def test_transitions_that_no_clean_image_shows_surprise_most():
+    """Two layers that show an image's two halves: in clean images both say the label."""
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 2, 400)
+    halves = (labels[:, None, None, None] * np.ones((1, 1, 2, 2))).astype(np.float32)
+    noisy = halves + np.float32(0.05) * generator.standard_normal(halves.shape, dtype=np.float32)
+    fit = Images.whole((100 + 100 * noisy).clip(0, 255).astype(np.uint8), labels)
+    detector = Transitions(lambda images: [images[:, 0, 0], images[:, 0, 1]])
+    detector.fit(fit, lambda images: np.eye(2, dtype=np.float32)[(images[:, 0, 1].mean(axis=1) > 0.6).astype(int)])
+    chains = np.float32([[[[[low] * 2, [high] * 2]]] for low in (0, 1) for high in (0, 1)])[:, 0] * 100 / 255 + np.float32(100 / 255)
+    np.testing.assert_array_equal(detector.chains(chains), [[0, 0, 0], [0, 1, 1], [1, 0, 0], [1, 1, 1]])
+    same, risen, fallen, other = detector.score(chains)
+    assert max(same, other) < 0.1 < 3 < min(risen, fallen)
+
+
+def test_a_classifier_stage_shows_its_layers(pixels):
+    layers = layers_of(REPOSITORY / "fashion_mnist_classifier" / "1")
+    answers = layers(pixels[:3])
+    assert [answer.shape for answer in answers] == [(3, 32), (3, 64), (3, 128)]
+    np.testing.assert_allclose(layers(pixels[1:2])[-1], answers[-1][1:2], rtol=1e-4, atol=1e-5)
 
 
 def planted(images: Floats) -> Floats:

@@ -22,7 +22,9 @@ from noisec.benchmarks.detection.baselines import (
     ScaleUp,
     Strip,
     Supervised,
+    Transitions,
     divergence_alone,
+    layers_of,
     reconstruction_error_alone,
 )
 from noisec.benchmarks.detection.subject import Subject
@@ -161,6 +163,7 @@ def baselines(subject: Subject, images: Images, attacked: Floats, calibration: S
         MagNet(subject.denoiser),
         reconstruction_error_alone(subject.denoiser),
         divergence_alone(subject.denoiser),
+        Transitions(layers_of(subject.stages["classifier"])),
     ]
     if backdoors:
         learned += [Strip(), ScaleUp(), IbdPsc(Restored(subject.stages["classifier"] / STAGE, subject.splits.fit))]

@@ -9,6 +9,7 @@ from noisec.benchmarks.detection.baselines.backdoor import IbdPsc, ScaleUp, Stri
 from noisec.benchmarks.detection.baselines.base import Baseline, Features, Network, Supervised
 from noisec.benchmarks.detection.baselines.magnet import MagNet, divergence_alone, reconstruction_error_alone
 from noisec.benchmarks.detection.baselines.manda import Manda
+from noisec.benchmarks.detection.baselines.transitions import Transitions, layers_of
 
 __all__ = [
     "Artifacts",
@@ -21,6 +22,8 @@ __all__ = [
     "ScaleUp",
     "Strip",
     "Supervised",
+    "Transitions",
     "divergence_alone",
+    "layers_of",
     "reconstruction_error_alone",
 ]
