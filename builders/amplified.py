@@ -19,8 +19,8 @@ from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper
 
 from noisec import contract
 from noisec.builders.classifier import read_model
+from noisec.builders.graphs import joined, save_model
 from noisec.builders.images import Images
-from noisec.builders.layout import joined, save_model
 from noisec.builders.progress import console
 from noisec.builders.workbench import DONE
 from noisec.errors import NoisecError

@@ -1,19 +1,19 @@
-"""Graphs of other layouts and inputs: the same arithmetic in fewer stages, and bytes instead of floats."""
+"""A guard in other layouts and with other inputs: the same arithmetic in fewer stages, and bytes instead of floats."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import onnx
-from onnx import ModelProto, NodeProto, TensorProto, helper, version_converter
+from onnx import ModelProto, helper
 
 from noisec import contract, manifest
 from noisec.builders.classifier import read_model
+from noisec.builders.graphs import joined, save_model, take_bytes
 from noisec.builders.release import Release
 from noisec.builders.repository import fused_passes, read_plans, read_widths, write_repository
 from noisec.builders.spec import NETWORK_STAGES, GuardSpec, ServingSpec, Stage, changed
@@ -24,10 +24,6 @@ MAX_DIFFERENCE = 1e-3
 """largest difference of a fused graph's activations from the two graphs' that still counts as rounding, relative to their scale"""
 COMPARED = 4
 """rows on which they are compared"""
-REMEDY = "set layout = 'staged' and leave detectors with view = 'amplified' out"
-"""what serves a classifier that cannot be joined"""
-LARGEST_FILE = 2**31 - 1
-"""bytes that a protobuf file may have; weights beyond lie beside it"""
 
 
 def changed_stages(spec: GuardSpec) -> tuple[Stage, ...]:
@@ -57,12 +53,6 @@ def arrange(spec: GuardSpec, plain: Mapping[Stage, Path], stage: Stage, folder: 
         _compare(spec, plain, folder)
 
 
-def save_model(model: ModelProto, folder: Path) -> None:
-    """Write ``model.onnx``, with its weights beside it where they are too large for one file."""
-    large = model.ByteSize() > LARGEST_FILE
-    onnx.save(model, folder / "model.onnx", save_as_external_data=large, location="model.onnx.data" if large else None)
-
-
 def fuse(autoencoder: ModelProto, classifier: ModelProto, spec: GuardSpec) -> ModelProto:
     """The autoencoder stage with the classifier behind it: one pass over the noise and the reconstruction, one below the other.
 
@@ -74,90 +64,6 @@ def fuse(autoencoder: ModelProto, classifier: ModelProto, spec: GuardSpec) -> Mo
     join = helper.make_node("Concat", [sources[one] for one in passes], [f"classifier/{contract.IMAGE}"], "join", axis=0)
     part = helper.make_node("Split", [f"classifier/{contract.PENULTIMATE}"], names, "part", axis=0, num_outputs=len(names))
     return joined(autoencoder, classifier, join, [part])
-
-
-def joined(autoencoder: ModelProto, classifier: ModelProto, before: NodeProto, after: Sequence[NodeProto]) -> ModelProto:
-    """The autoencoder stage with a classifier in it.
-
-    Args:
-        before: makes the classifier's input, ``PREFIX/IMAGE``, of what the stage has; the prefix is that of all the classifier's names
-        after: each makes classifier passes of one of its outputs, such as ``PREFIX/PENULTIMATE``
-
-    Raises:
-        NoisecError: they cannot be joined.
-    """
-    (fed,) = before.output
-    first, second = _same_opset(autoencoder, classifier)
-    first = onnx.compose.add_prefix(first, "autoencoder/", rename_inputs=False, rename_outputs=False)
-    second = onnx.compose.add_prefix(second, fed.removesuffix(contract.IMAGE))
-    widths = {value.name: value.type.tensor_type.shape.dim[1].dim_value for value in second.graph.output}
-    made = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", widths[node.input[0]]]) for node in after for name in node.output
-    ]
-    graph = helper.make_graph(
-        [*first.graph.node, before, *second.graph.node, *after],
-        "autoencoder and classifier",
-        list(first.graph.input),
-        [*first.graph.output, *made],
-        [*first.graph.initializer, *second.graph.initializer],
-    )
-    opsets = {entry.domain: entry for entry in (*second.opset_import, *first.opset_import)}
-    whole: ModelProto = helper.make_model(
-        graph,
-        opset_imports=list(opsets.values()),
-        ir_version=max(first.ir_version, second.ir_version),
-        functions=[*first.functions, *second.functions],
-        producer_name="noisec",
-    )
-    _check(whole)
-    return whole
-
-
-def _check(whole: ModelProto) -> None:
-    """Refuse what does not hold together: names that only a branch or a loop reads are not prefixed. The checker reads nothing larger than
-    one file."""
-    if whole.ByteSize() > LARGEST_FILE:
-        return
-    try:
-        onnx.checker.check_model(whole)
-    except onnx.checker.ValidationError as error:
-        raise NoisecError(f"the classifier cannot be joined with the autoencoder; {REMEDY}: {error}") from error
-
-
-def _same_opset(*models: ModelProto) -> list[ModelProto]:
-    """The models in the highest of their opsets, at least 18.
-
-    Raises:
-        NoisecError: one cannot be converted.
-    """
-    opsets = [next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")) for model in models]
-    highest = max(18, *opsets)
-    try:
-        return [
-            model if opset == highest else version_converter.convert_version(model, highest)
-            for model, opset in zip(models, opsets, strict=True)
-        ]
-    except Exception as error:  # the converter raises whatever its C++ throws
-        raise NoisecError(f"to be joined, both graphs need opset {highest}; converting failed; {REMEDY}: {error}") from error
-
-
-def take_bytes(model: ModelProto) -> ModelProto:
-    """The same graph with IMAGE uint8 in [0, 255]: cast and divided by 255 as a client of floats does, to the last bit."""
-    graph, floats = model.graph, f"{contract.IMAGE}/floats"
-    for node in graph.node:
-        for index, name in enumerate(node.input):
-            if name == contract.IMAGE:
-                node.input[index] = floats
-    image = next(value for value in graph.input if value.name == contract.IMAGE)
-    image.type.tensor_type.elem_type = TensorProto.UINT8
-    scale = helper.make_tensor("bytes/255", TensorProto.FLOAT, [], [255.0])
-    cast = helper.make_node("Cast", [contract.IMAGE], ["bytes/cast"], "bytes/cast", to=TensorProto.FLOAT)
-    divide = helper.make_node("Div", ["bytes/cast", "bytes/255"], [floats], "bytes/divide")
-    nodes = [cast, divide, *graph.node]
-    del graph.node[:]
-    graph.node.extend(nodes)
-    graph.initializer.append(scale)
-    return model
 
 
 def _compare(spec: GuardSpec, plain: Mapping[Stage, Path], fused: Path) -> None:

@@ -13,6 +13,8 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as triton
 
 from noisec import contract
+from noisec.builders.classifier import read_model
+from noisec.builders.graphs import apart, save_model
 from noisec.builders.spec import GuardSpec
 from noisec.contract import stage_model
 from noisec.manifest import CONFIG, manifest_path
@@ -23,7 +25,7 @@ SCORER_CODE = Path(scoring.__file__).parent
 NO_PLANS: Mapping[str, str] = MappingProxyType({})
 SCORING_FILES = tuple(SCORER_CODE / name for name in ("scoring.py", "detectors.py", "memory.py", "batching.py"))
 SCORER_FILES = (SCORER_CODE / "model.py", *SCORING_FILES)
-GUARD_FILES = (SCORER_CODE / "single.py", SCORER_CODE / "session.py", *SCORING_FILES)
+GUARD_FILES = (*(SCORER_CODE / name for name in ("single.py", "guard.py", "session.py")), *SCORING_FILES)
 """code of a guard in one process"""
 
 
@@ -226,17 +228,25 @@ def write_repository(
         _write_config(model, config)
     folder = _fresh_version(repository / spec.name, spec.release)
     if spec.serving.layout == "single":
-        _write_single(folder, stages, scorer)
+        _write_single(folder, spec, stages, scorer)
     _write_config(repository / spec.name, guard_config(spec, widths, class_names))
 
 
-def _write_single(folder: Path, stages: Mapping[str, Path], scorer: scoring.Scorer) -> None:
-    """What a guard in one process runs: its code and its scorer, and below it each network stage's graph."""
+def _write_single(folder: Path, spec: GuardSpec, stages: Mapping[str, Path], scorer: scoring.Scorer) -> None:
+    """What a guard in one process runs: its code and its scorer, and below it the networks' graphs. Amplified passes lie there beside the
+    image's own, whose first layers they share, and not in the autoencoder's graph as they do where stages are models of their own."""
     for path in GUARD_FILES:
         shutil.copyfile(path, folder / path.name)
     scorer.save(folder / "scorer.npz")
-    for stage in stages:
-        (folder / stage).mkdir()
+    arranged = {}
+    if spec.amplifies:
+        graphs = (read_model(stages[stage] / "model.onnx") for stage in ("autoencoder", "classifier"))
+        arranged = dict(zip(("autoencoder", "image"), apart(*graphs), strict=True))
+    for name in {*stages, *arranged}:
+        (folder / name).mkdir()
+    for name, graph in arranged.items():
+        save_model(graph, folder / name)
+    for stage in stages.keys() - arranged:
         for path in _stage_files(stages, stage):
             shutil.copyfile(path, folder / stage / path.name)
 

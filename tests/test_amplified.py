@@ -176,6 +176,25 @@ def test_every_layout_gives_the_verdicts_of_the_scorer_that_was_fitted(amplifyin
     np.testing.assert_allclose(again.scores, expected.scores, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["float32", "uint8"])
+def test_one_process_computes_once_what_the_images_passes_have_in_common(amplifying, report, tmp_path, kind):
+    *_, folder = amplifying
+    rearrange(folder / "repository", "staged", ServingSpec(layout="single", input=kind), tmp_path)
+    release, whole = Release.newest(tmp_path, "staged"), tmp_path / "staged" / "1"
+    images = report[:8].pixels if kind == "uint8" else report[:8].floats()
+    names = [*contract.CLASSIFIER_OUTPUTS, *(contract.PASSES[one] for one in contract.AMPLIFIED)]
+    asked = in_process(release.stages, 1)
+    expected = asked("classifier", images, names[:2]) | asked("autoencoder", images, names[2:])
+    found = open_session(whole / "image" / "model.onnx", 1).run(names, {contract.IMAGE: images})
+    for name, rows in zip(names, found, strict=True):
+        np.testing.assert_allclose(rows, expected[name], rtol=1e-4, atol=1e-4)
+    layers = {part: len(amplifiable(onnx.load(whole / part / "model.onnx"))) for part in ("classifier", "image", "autoencoder")}
+    before = len(amplifiable(onnx.load(release.folder("autoencoder") / "model.onnx")))
+    assert layers["classifier"] == 3
+    assert layers["image"] == 3 + 1, "the copies change the input of one layer between them: that of the last"
+    assert before - layers["autoencoder"] == 3 + 1, "where they were alone, they had all layers to compute"
+
+
 def test_the_amplified_passes_are_differentiable_and_alone_can_raise_the_alarm(amplifying, pixels):
     _, run, scorer, folder = amplifying
     images = torch.from_numpy(pixels[:4]).requires_grad_(True)

@@ -154,7 +154,7 @@ def test_a_guard_in_one_process_whose_graph_lacks_a_tensor_does_not_load(single,
     copy = tmp_path / "copy"
     shutil.copytree(single, copy)
     shutil.copyfile(copy / GUARD / "1/classifier/model.onnx", copy / GUARD / "1/autoencoder/model.onnx")
-    with pytest.raises(NoisecError, match="scorer.npz needs .*NOISE_LEVEL.* which autoencoder/model.onnx does not make"):
+    with pytest.raises(NoisecError, match="scorer.npz needs .*NOISE_LEVEL.* which the graphs beside it do not make"):
         EmbeddedServer(copy, check=False).start()
 
 

@@ -14,13 +14,15 @@ from conftest import GUARD, REPOSITORY
 
 from noisec import contract, manifest
 from noisec.benchmarks.throughput import statistics
-from noisec.benchmarks.throughput.limit import Computation, processes, settings
+from noisec.benchmarks.throughput.limit import computation, processes, settings
 from noisec.benchmarks.throughput.load import Traffic, arrivals, closed_loop, generator, open_loop, triton
 from noisec.benchmarks.throughput.perf import find_perf_analyzer, write_images
 from noisec.benchmarks.throughput.run import Plan, run_benchmark
 from noisec.benchmarks.throughput.summary import PeerFigures, Summary
 from noisec.benchmarks.throughput.target import Target
+from noisec.builders.layout import rearrange
 from noisec.builders.repository import passes_needed
+from noisec.builders.spec import ServingSpec
 from noisec.clients import GuardClient
 from noisec.contract import stage_model
 from noisec.errors import NoisecError
@@ -107,13 +109,15 @@ def test_arrivals_are_a_poisson_process():
     assert gaps.std() == pytest.approx(gaps.mean(), rel=0.05)
 
 
-def test_the_limit_computes_what_the_server_answers(target, client, pixels):
+def test_the_limit_computes_what_the_server_answers(target, client, pixels, tmp_path):
     served = client.classify(pixels)
-    computation = Computation(target, threads=1)
-    labels, is_malicious = computation.guard(pixels)
-    assert np.array_equal(labels, served.labels)
-    assert np.array_equal(is_malicious, served.is_malicious)
-    assert np.array_equal(computation.classifier(pixels), served.labels)
+    rearrange(REPOSITORY, GUARD, ServingSpec(layout="single"), tmp_path)
+    for one in (target, Target.newest(tmp_path, GUARD)):
+        limit = computation(one, threads=1)
+        verdict = limit.verdict(pixels)
+        assert np.array_equal(verdict[contract.LOGITS].argmax(axis=1), served.labels)
+        assert np.array_equal(verdict[contract.IS_MALICIOUS][:, 0], served.is_malicious)
+        assert np.array_equal(limit.label(pixels)[contract.LOGITS].argmax(axis=1), served.labels)
 
 
 def test_processes_compute_side_by_side(target, pixels):

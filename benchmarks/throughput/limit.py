@@ -13,13 +13,13 @@ from threading import Barrier
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
 from noisec import contract
 from noisec.benchmarks.throughput.load import Images, stored
 from noisec.benchmarks.throughput.target import Target
 from noisec.builders.stages import StageRunner, in_process
+from noisec.python_backend.scorer.guard import Arrays, Guard
 
 What = Literal["guard", "classifier"]
 WARM_UP = 0.2
@@ -42,8 +42,8 @@ class Speed:
     """of one batch"""
 
 
-class Computation:
-    """A guard in this process: every pass of its ensemble, one after the other, and its scorer.
+class Staged:
+    """A guard of several stages in this process: every pass of its ensemble, one after the other, and its scorer.
 
     Args:
         threads: of ONNX Runtime
@@ -55,16 +55,21 @@ class Computation:
         self._scorer = target.scorer
         self._memory = self._scorer.new_memory()
 
-    def classifier(self, images: Images) -> npt.NDArray[np.int64]:
-        """Labels int64 [n] from the classifier alone."""
-        labels: npt.NDArray[np.int64] = self._infer("classifier", images, (contract.LOGITS,))[contract.LOGITS].argmax(axis=1)
-        return labels
+    def label(self, images: Images) -> Arrays:
+        """LOGITS float32 [n, classes] from the classifier alone."""
+        return self._infer("classifier", images, (contract.LOGITS,))
 
-    def guard(self, images: Images) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """Labels int64 [n] and verdicts bool [n]."""
+    def verdict(self, images: Images) -> Arrays:
+        """LOGITS and the scorer's outputs, [n, ...] each."""
         tensors = self._run.batch(images)
-        verdict = self._scorer.outputs(tensors, self._memory)
-        return tensors[contract.LOGITS].argmax(axis=1), verdict[contract.IS_MALICIOUS][:, 0]
+        return {contract.LOGITS: tensors[contract.LOGITS], **self._scorer.outputs(tensors, self._memory)}
+
+
+def computation(target: Target, threads: int) -> Staged | Guard:
+    """The guard's own graphs and scorer without a server; those of the ``single`` layout one after the other, too."""
+    if target.spec.serving.layout == "single":
+        return Guard(target.repository / target.name / str(target.release), target.release, threads)
+    return Staged(target, threads)
 
 
 class Processes:
@@ -130,20 +135,20 @@ def fastest(speeds: Sequence[Speed], what: What, count: int) -> list[Speed]:
     return sorted((speed for speed in speeds if speed.what == what), key=lambda speed: -speed.per_second)[:count]
 
 
-_ready: tuple[Computation, Images, Barrier]
+_ready: tuple[Staged | Guard, Images, Barrier]
 """in each of the processes"""
 
 
 def _prepare(target: Target, images: Path, threads: int, start: Barrier) -> None:
     global _ready
     threadpool_limits(1)  # NumPy's own threads: the server's scorer has one as well
-    _ready = (Computation(target, threads), np.load(images), start)
+    _ready = (computation(target, threads), np.load(images), start)
 
 
 def _measure(what: What, batch: int, seconds: float) -> list[float]:
     """Seconds of each batch."""
-    computation, images, start = _ready
-    compute = computation.guard if what == "guard" else computation.classifier
+    found, images, start = _ready
+    compute = found.verdict if what == "guard" else found.label
     parts = [np.ascontiguousarray(images[at : at + batch]) for at in range(0, len(images) - batch + 1, batch)]
     start.wait(START_SECONDS)
     _timed(compute, parts, WARM_UP)

@@ -33,7 +33,8 @@ WINDOWS = 3
 """measurements that each figure is the mean of: perf_analyzer compares as many of them with one another"""
 UNSTABLE = 999
 """per cent by which they may differ: the benchmark has rounds of its own"""
-TOO_SHORT = "No valid requests recorded"
+TOO_SHORT = ("No valid requests recorded", "Failed to obtain stable measurement")
+"""what it says where no request, or a single one, came back in time"""
 LONGER = 5
 """times that a measurement that was too short is made, each twice as long"""
 SAID = 500
@@ -98,7 +99,7 @@ class PerfAnalyzer:
             report = Path(folder, "report.csv")
             for length in (seconds * 2**turn for turn in range(LONGER)):
                 done = self._run([*asked, "-f", str(report)], length)
-                if TOO_SHORT not in done.stderr:
+                if not any(text in done.stderr for text in TOO_SHORT):
                     break
             if done.returncode or not report.is_file():
                 said = " ".join(f"{done.stderr}\n{done.stdout}".split())[:SAID]

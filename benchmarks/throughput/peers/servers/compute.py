@@ -65,10 +65,14 @@ class Guard:
     def __init__(self, repository: Path, name: str, threads: int = 1) -> None:
         release = max((path.name for path in (repository / name).iterdir() if path.name.isdigit()), key=int)
         folders = {stage: repository / f"{name}_{stage}" / release for stage in ("autoencoder", "classifier", "scorer")}
+        together = repository / name / release
+        if (together / "image").is_dir():  # the layout in one process, with graphs of its own
+            folders |= {"autoencoder": together / "autoencoder", "classifier": together / "image"}
         self._autoencoder = open_session(folders["autoencoder"] / "model.onnx", threads)
         self._classifier = open_session(folders["classifier"] / "model.onnx", threads)
         self._scorer = load_scorer(folders["scorer"])
         self._memory = self._scorer.new_memory()
+        self._answered = [output.name for output in self._classifier.get_outputs()]
         outputs = [output.name for output in self._autoencoder.get_outputs()]
         sources = {
             "NOISE_PENULTIMATE": "NOISE_INPUT" if "NOISE_INPUT" in outputs else "NOISE",
@@ -83,10 +87,11 @@ class Guard:
         """``ANSWERS``, [n] each, from float32 [n, C, H, W]: one call of the autoencoder, one of the classifier for all its passes."""
         tensors = dict(zip(self._wanted, self._autoencoder.run(self._wanted, {"IMAGE": images}), strict=True))
         joined = np.concatenate([images, *(tensors[source] for source in self._passes.values())])
-        logits, activations = self._classifier.run(["LOGITS", "PENULTIMATE"], {"IMAGE": joined})
-        parts = np.split(activations, 1 + len(self._passes))
-        verdict = self._scorer.outputs(tensors | dict(zip(["IMAGE_PENULTIMATE", *self._passes], parts, strict=True)), self._memory)
-        labels = logits[: len(images)].argmax(axis=1)
+        answers = dict(zip(self._answered, self._classifier.run(self._answered, {"IMAGE": joined}), strict=True))
+        parts = np.split(answers.pop("PENULTIMATE"), 1 + len(self._passes))
+        labels = answers.pop("LOGITS")[: len(images)].argmax(axis=1)
+        passes = dict(zip(["IMAGE_PENULTIMATE", *self._passes], parts, strict=True))
+        verdict = self._scorer.outputs(tensors | answers | passes, self._memory)
         return dict(zip(ANSWERS, (labels, *(verdict[name][:, 0] for name in ("SCORE", "P_VALUE", "IS_MALICIOUS"))), strict=True))
 
     def together(self, requests: Sequence[npt.NDArray[np.float32]]) -> list[dict[str, Array]]:

@@ -1,0 +1,175 @@
+"""ONNX graphs from ONNX graphs: one graph of two, a part of one, what two have in common, and bytes instead of floats."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper, version_converter
+
+from noisec import contract
+from noisec.errors import NoisecError
+
+REMEDY = "set layout = 'staged' and leave detectors with view = 'amplified' out"
+"""what serves a classifier that cannot be joined"""
+LARGEST_FILE = 2**31 - 1
+"""bytes that a protobuf file may have; weights beyond lie beside it"""
+
+
+def save_model(model: ModelProto, folder: Path) -> None:
+    """Write ``model.onnx``, with its weights beside it where they are too large for one file."""
+    large = model.ByteSize() > LARGEST_FILE
+    onnx.save(model, folder / "model.onnx", save_as_external_data=large, location="model.onnx.data" if large else None)
+
+
+def joined(autoencoder: ModelProto, classifier: ModelProto, before: NodeProto, after: Sequence[NodeProto]) -> ModelProto:
+    """The autoencoder stage with a classifier in it.
+
+    Args:
+        before: makes the classifier's input, ``PREFIX/IMAGE``, of what the stage has; the prefix is that of all the classifier's names
+        after: each makes classifier passes of one of its outputs, such as ``PREFIX/PENULTIMATE``
+
+    Raises:
+        NoisecError: they cannot be joined.
+    """
+    (fed,) = before.output
+    first, second = _same_opset(autoencoder, classifier)
+    first = onnx.compose.add_prefix(first, "autoencoder/", rename_inputs=False, rename_outputs=False)
+    second = onnx.compose.add_prefix(second, fed.removesuffix(contract.IMAGE))
+    widths = {value.name: value.type.tensor_type.shape.dim[1].dim_value for value in second.graph.output}
+    made = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", widths[node.input[0]]]) for node in after for name in node.output
+    ]
+    nodes = [*first.graph.node, before, *second.graph.node, *after]
+    return _of_two(first, second, nodes, [*first.graph.output, *made], "autoencoder and classifier")
+
+
+def _of_two(first: ModelProto, second: ModelProto, nodes: Sequence[NodeProto], outputs: Sequence[ValueInfoProto], name: str) -> ModelProto:
+    """A graph of two that have no name in common but their input's.
+
+    Raises:
+        NoisecError: it does not hold together.
+    """
+    weights = [*first.graph.initializer, *second.graph.initializer]
+    opsets = {entry.domain: entry for entry in (*second.opset_import, *first.opset_import)}
+    whole: ModelProto = helper.make_model(
+        helper.make_graph(nodes, name, list(first.graph.input), outputs, weights),
+        opset_imports=list(opsets.values()),
+        ir_version=max(first.ir_version, second.ir_version),
+        functions=[*first.functions, *second.functions],
+        producer_name="noisec",
+    )
+    _check(whole)
+    return whole
+
+
+def apart(autoencoder: ModelProto, classifier: ModelProto) -> tuple[ModelProto, ModelProto]:
+    """The same two stages with the amplified passes on the classifier's side, which computes once what they have in common with its own.
+
+    Args:
+        autoencoder: a stage that makes amplified passes of IMAGE
+
+    Returns:
+        the autoencoder stage without them, and a graph that answers the classifier stage's outputs and theirs
+    """
+    loud = {contract.PASSES[one] for one in contract.AMPLIFIED}
+    names = [value.name for value in autoencoder.graph.output]
+    own, copies = _same_opset(classifier, only(autoencoder, [name for name in names if name in loud]))
+    own = onnx.compose.add_prefix(own, "own/", rename_inputs=False, rename_outputs=False)
+    outputs = [*own.graph.output, *copies.graph.output]
+    both = _of_two(own, copies, [*own.graph.node, *copies.graph.node], outputs, "passes of the image")
+    return only(autoencoder, [name for name in names if name not in loud]), without_repeats(both)
+
+
+def only(model: ModelProto, outputs: Sequence[str]) -> ModelProto:
+    """As much of a graph as makes these of its outputs."""
+    inputs = [value.name for value in model.graph.input]
+    return onnx.utils.Extractor(model).extract_model(inputs, list(outputs))
+
+
+def without_repeats(model: ModelProto) -> ModelProto:
+    """The same graph with every weight kept once, and what several nodes make of the same inputs computed once.
+
+    Args:
+        model: without branches and loops, whose insides would go on reading names that are gone
+    """
+    outputs = {value.name for value in model.graph.output}
+    stands_for: dict[str, str] = {}
+    """a name that is gone -> the one that holds the same"""
+    found: dict[str, Sequence[str]] = {}
+
+    def new(what: object, names: Sequence[str]) -> bool:
+        """Whether nothing before said the same; where it did, its names stand for these."""
+        before = found.setdefault(repr(what), names)
+        if before is names or outputs.intersection(names):
+            return True
+        stands_for.update(zip(names, before, strict=True))
+        return False
+
+    result = ModelProto()
+    result.CopyFrom(model)
+    for part in (result.graph.node, result.graph.initializer, result.graph.value_info):
+        del part[:]
+    for tensor in model.graph.initializer:
+        content = hashlib.sha256(numpy_helper.to_array(tensor).tobytes()).hexdigest()
+        if new((tensor.data_type, tensor.dims, content), [tensor.name]):
+            result.graph.initializer.append(tensor)
+    for node in model.graph.node:
+        inputs = [stands_for.get(name, name) for name in node.input]
+        if node.op_type == "Identity" and not outputs.intersection(node.output):
+            stands_for[node.output[0]] = inputs[0]
+            continue
+        settings = sorted(attribute.SerializeToString(deterministic=True) for attribute in node.attribute)
+        if new((node.domain, node.op_type, inputs, settings), list(node.output)):
+            result.graph.node.append(node)
+            result.graph.node[-1].input[:] = inputs
+    return result
+
+
+def _check(whole: ModelProto) -> None:
+    """Refuse what does not hold together: names that only a branch or a loop reads are not prefixed. The checker reads nothing larger than
+    one file."""
+    if whole.ByteSize() > LARGEST_FILE:
+        return
+    try:
+        onnx.checker.check_model(whole)
+    except onnx.checker.ValidationError as error:
+        raise NoisecError(f"the classifier cannot be joined with the autoencoder; {REMEDY}: {error}") from error
+
+
+def _same_opset(*models: ModelProto) -> list[ModelProto]:
+    """The models in the highest of their opsets, at least 18.
+
+    Raises:
+        NoisecError: one cannot be converted.
+    """
+    opsets = [next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")) for model in models]
+    highest = max(18, *opsets)
+    try:
+        return [
+            model if opset == highest else version_converter.convert_version(model, highest)
+            for model, opset in zip(models, opsets, strict=True)
+        ]
+    except Exception as error:  # the converter raises whatever its C++ throws
+        raise NoisecError(f"to be joined, both graphs need opset {highest}; converting failed; {REMEDY}: {error}") from error
+
+
+def take_bytes(model: ModelProto) -> ModelProto:
+    """The same graph with IMAGE uint8 in [0, 255]: cast and divided by 255 as a client of floats does, to the last bit."""
+    graph, floats = model.graph, f"{contract.IMAGE}/floats"
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            if name == contract.IMAGE:
+                node.input[index] = floats
+    image = next(value for value in graph.input if value.name == contract.IMAGE)
+    image.type.tensor_type.elem_type = TensorProto.UINT8
+    scale = helper.make_tensor("bytes/255", TensorProto.FLOAT, [], [255.0])
+    cast = helper.make_node("Cast", [contract.IMAGE], ["bytes/cast"], "bytes/cast", to=TensorProto.FLOAT)
+    divide = helper.make_node("Div", ["bytes/cast", "bytes/255"], [floats], "bytes/divide")
+    nodes = [cast, divide, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    graph.initializer.append(scale)
+    return model

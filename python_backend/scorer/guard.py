@@ -1,0 +1,75 @@
+"""A whole guard in one process: its networks' sessions and its scorer. It needs ONNX Runtime beside NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .scoring import Scorer
+from .session import open_session
+
+Images = npt.NDArray[np.float32] | npt.NDArray[np.uint8]
+"""[n, C, H, W], as the guard takes them"""
+Arrays = Mapping[str, npt.NDArray[Any]]
+Submit = Callable[..., Future[Any]]
+"""as an executor's"""
+
+
+def in_turn(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    """The same as an executor's ``submit``, in this thread."""
+    done: Future[Any] = Future()
+    done.set_result(function(*arguments))
+    return done
+
+
+class Guard:
+    """A guard in the ``single`` layout.
+
+    Args:
+        directory: with ``scorer.npz``, and ``model.onnx`` in ``autoencoder``, ``classifier`` and, where the guard makes amplified passes,
+            ``image``
+        release: its number
+        threads: compute threads of each session; 0 takes every core
+
+    Raises:
+        ValueError: the scorer reads what the networks do not make.
+    """
+
+    def __init__(self, directory: Path, release: int, threads: int = 1) -> None:
+        self.scorer = Scorer.load(directory / "scorer.npz", release)
+        self.memory = self.scorer.new_memory()
+        self._classifier = open_session(directory / "classifier" / "model.onnx", threads)
+        self._autoencoder = open_session(directory / "autoencoder" / "model.onnx", threads)
+        loud = directory / "image" / "model.onnx"
+        self._image = open_session(loud, threads) if loud.is_file() else self._classifier
+        made = {output.name for output in self._autoencoder.get_outputs()}
+        self._made = [name for name in self.scorer.inputs if name in made]
+        self._of_image = [output.name for output in self._image.get_outputs()]
+        missing = set(self.scorer.inputs) - {*self._made, *map(_input, self._of_image)}
+        if missing:
+            raise ValueError(f"scorer.npz needs {sorted(missing)}, which the graphs beside it do not make")
+
+    def label(self, images: Images) -> Arrays:
+        """LOGITS float32 [n, classes]; the classifier alone runs."""
+        return {"LOGITS": self._classifier.run(["LOGITS"], {"IMAGE": images})[0]}
+
+    def verdict(self, images: Images, submit: Submit = in_turn) -> Arrays:
+        """LOGITS and the scorer's outputs, [n, ...] each.
+
+        Args:
+            submit: runs the image's own passes, while this thread runs the denoiser and what comes after it
+        """
+        passes = submit(self._image.run, self._of_image, {"IMAGE": images})
+        made = dict(zip(self._made, self._autoencoder.run(self._made, {"IMAGE": images}), strict=True))
+        of_image = {_input(name): rows for name, rows in zip(self._of_image, passes.result(), strict=True)}
+        return {"LOGITS": of_image["LOGITS"], **self.scorer.outputs({**made, **of_image}, self.memory)}
+
+
+def _input(output: str) -> str:
+    """The scorer's name for what the image's passes answer."""
+    return "IMAGE_PENULTIMATE" if output == "PENULTIMATE" else output
