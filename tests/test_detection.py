@@ -45,7 +45,7 @@ def test_accuracy_is_as_promised(client, report):
 
 
 def test_pgd_is_caught(client, report, protected):
-    images = report[:500]
+    images = report[:200]
     attacked = attack(protected, images, AttackSpec("pgd", 0.1), seed=1)
     assert np.abs(attacked.pixels - images.floats()).max() <= 0.1 + 1e-6
     clean, malicious = answers(client, report.pixels), answers(client, attacked.pixels)
