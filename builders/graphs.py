@@ -102,7 +102,7 @@ def without_repeats(model: ModelProto) -> ModelProto:
 
     def new(what: object, names: Sequence[str]) -> bool:
         """Whether nothing before said the same; where it did, its names stand for these."""
-        before = found.setdefault(repr(what), names)
+        before = found.setdefault(repr((what, len(names))), names)
         if before is names or outputs.intersection(names):
             return True
         stands_for.update(zip(names, before, strict=True))

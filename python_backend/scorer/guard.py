@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .scoring import Scorer
+from .scoring import IMAGE_PENULTIMATE, Scorer
 from .session import open_session
 
 Images = npt.NDArray[np.float32] | npt.NDArray[np.uint8]
@@ -72,4 +72,4 @@ class Guard:
 
 def _input(output: str) -> str:
     """The scorer's name for what the image's passes answer."""
-    return "IMAGE_PENULTIMATE" if output == "PENULTIMATE" else output
+    return IMAGE_PENULTIMATE if output == "PENULTIMATE" else output
