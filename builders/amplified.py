@@ -3,7 +3,8 @@ arXiv 2405.09786, section 4).
 
 With its last layers' outputs multiplied, a classifier gets clean images wrong, or grows unsure of them; what a trigger says survives. The
 paper asks five such classifiers, amplified ever deeper, how sure they are; the logits of two that are far enough apart tell more, and those
-two have their first layers in common. They are a part of the autoencoder stage, whatever other passes a guard makes.
+two have their first layers in common. They are a part of the autoencoder stage, whatever other passes a guard makes; a guard in one process
+makes them with the image's own pass (:func:`noisec.builders.graphs.apart`).
 """
 
 from __future__ import annotations

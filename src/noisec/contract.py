@@ -55,7 +55,8 @@ PASSES: Final = MappingProxyType[Pass, str](
 """A classifier pass -> the scorer's input that carries its penultimate activations."""
 
 AMPLIFIED: Final[tuple[Pass, ...]] = ("amplified", "deeper")
-"""Passes of the classifier with fewer and with more of its last layers amplified; the autoencoder stage makes them in every layout."""
+"""Passes of the classifier with fewer and with more of its last layers amplified; the autoencoder stage makes them in every layout, and
+a guard in one process with the image's own pass."""
 
 View = Literal["pixels", "noise", "delta", "image", "amplified"]
 VIEWS: Final = MappingProxyType[str, tuple[Pass, ...]](
