@@ -66,7 +66,11 @@ class Staged:
 
 
 def computation(target: Target, threads: int) -> Staged | Guard:
-    """The guard's own graphs and scorer without a server; those of the ``single`` layout one after the other, too."""
+    """The guard's own graphs and scorer without a server; those of the ``single`` layout one after the other, too.
+
+    Args:
+        threads: of ONNX Runtime
+    """
     if target.spec.serving.layout == "single":
         return Guard(target.repository / target.name / str(target.release), target.release, threads)
     return Staged(target, threads)

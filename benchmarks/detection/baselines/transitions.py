@@ -14,7 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 
 from noisec import contract
-from noisec.benchmarks.detection.baselines.base import Doubles, Labels, Network, batched, predicted
+from noisec.benchmarks.detection.baselines.base import BATCH, Doubles, Labels, Network, batched, predicted
 from noisec.builders.amplified import amplifiable
 from noisec.builders.classifier import read_model
 from noisec.builders.images import Floats, Images
@@ -92,14 +92,6 @@ class Transitions:
 
 
 def _all(layers: Layers, pixels: Floats) -> list[Floats]:
-    """The layers' activations, a batch at a time."""
-    widths: list[int] = []
-
-    def flat(batch: Floats) -> Floats:
-        found = layers(batch)
-        widths[:] = [one.shape[1] for one in found]
-        rows: Floats = np.concatenate(found, axis=1)
-        return rows
-
-    rows = batched(flat, pixels)
-    return np.split(rows, np.cumsum(widths)[:-1], axis=1)
+    """Each layer's activations of all images, asked for a batch at a time."""
+    batches = [layers(pixels[start : start + BATCH]) for start in range(0, max(len(pixels), 1), BATCH)]
+    return [np.concatenate(parts) for parts in zip(*batches, strict=True)]
