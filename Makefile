@@ -24,7 +24,7 @@ reference: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed \
+	$(BIN)/python -m pip install --quiet --no-compile --upgrade-strategy only-if-needed \
 		--constraint constraints.txt --editable '.[build,serve,precision,bench,dev]' --config-settings editable_mode=strict
 	touch $@
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from noisec.builders.audit.ban import AuditSettings, Balanced, audit, balanced_halves, calibrate, checked_counts
@@ -71,14 +73,24 @@ def trained(images: Images) -> nn.Module:
     return network.eval()
 
 
-@pytest.fixture(scope="module")
-def clean_network(sets: tuple[Images, Images, Images]) -> nn.Module:
-    return trained(sets[0])
+def trained_once(images: Images, weights: Path) -> nn.Module:
+    """The same, for all processes of a test run that name the same file."""
+    with FileLock(weights.with_suffix(".lock")):
+        if not weights.is_file():
+            save_file(trained(images).state_dict(), weights)
+    network = small()
+    network.load_state_dict(load_file(weights))
+    return network.eval()
 
 
 @pytest.fixture(scope="module")
-def backdoored_network(sets: tuple[Images, Images, Images]) -> nn.Module:
-    return trained(poison(sets[0], BadNets(), TARGET, 0.1, 0))
+def clean_network(sets: tuple[Images, Images, Images], run_folder: Path) -> nn.Module:
+    return trained_once(sets[0], run_folder / "clean.safetensors")
+
+
+@pytest.fixture(scope="module")
+def backdoored_network(sets: tuple[Images, Images, Images], run_folder: Path) -> nn.Module:
+    return trained_once(poison(sets[0], BadNets(), TARGET, 0.1, 0), run_folder / "backdoored.safetensors")
 
 
 def state(network: nn.Module) -> dict[str, Tensor]:

@@ -95,8 +95,8 @@ def test_mixed_precision_learns_as_much(classify, images, tmp_path):
     moved = along_gradient(classify, images, EPS)
     left = {}
     for mixed in (False, True):
-        spec = AutoencoderSpec(network="unet-small", epochs=1, noise_sd=EPS, guidance=0.02, mixed_precision=mixed)
-        train_autoencoder(spec, fashion_mnist.load("t10k")[:2500], 0, tmp_path, classify)
+        spec = AutoencoderSpec(network="unet-small", epochs=1, batch_size=16, noise_sd=EPS, guidance=0.02, mixed_precision=mixed)
+        train_autoencoder(spec, fashion_mnist.load("t10k")[:800], 0, tmp_path, classify)
         denoiser = load_network(DENOISERS["unet-small"](images.shape[1:]), tmp_path)
         assert all(weight.dtype == torch.float32 for weight in denoiser.parameters())
         with torch.no_grad():
