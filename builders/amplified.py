@@ -10,7 +10,6 @@ makes them with the image's own pass (:func:`noisec.builders.graphs.apart`).
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Collection
 from pathlib import Path
 
@@ -20,10 +19,10 @@ from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper
 
 from noisec import contract
 from noisec.builders.classifier import read_model
-from noisec.builders.graphs import joined, save_model
+from noisec.builders.copies import with_copies
+from noisec.builders.graphs import save_model
 from noisec.builders.images import Images
 from noisec.builders.progress import console
-from noisec.builders.workbench import DONE
 from noisec.errors import NoisecError
 from noisec.python_backend.scorer.session import open_session
 
@@ -154,13 +153,6 @@ def with_amplified_passes(autoencoder: Path, loud: Path, folder: Path) -> None:
     Raises:
         NoisecError: the graphs cannot be joined.
     """
-    for path in (*autoencoder.glob("*.json"), loud / DEPTHS):
-        if path.name != DONE:
-            shutil.copyfile(path, folder / path.name)
-    before = helper.make_node("Identity", [contract.IMAGE], [f"amplified/{contract.IMAGE}"], "amplified/feed")
     depths = json.loads((loud / DEPTHS).read_text())["amplified"]
-    after = [
-        helper.make_node("Identity", [f"amplified/{depth}/{contract.PENULTIMATE}"], [contract.PASSES[one]], f"amplified/{one}")
-        for one, depth in zip(contract.AMPLIFIED, depths, strict=True)
-    ]
-    save_model(joined(read_model(autoencoder / "model.onnx"), read_model(loud / "model.onnx"), before, after), folder)
+    passes = {one: f"{depth}/{contract.PENULTIMATE}" for one, depth in zip(contract.AMPLIFIED, depths, strict=True)}
+    with_copies(autoencoder, loud, passes, folder)

@@ -15,8 +15,10 @@ from noisec.builders import datasets, sanity
 from noisec.builders.amplified import DEPTHS, amplify, with_amplified_passes
 from noisec.builders.audit.guard import audit_problems, audit_protected, said
 from noisec.builders.card import write_card
+from noisec.builders.copies import with_copies
 from noisec.builders.engine import compute_capability, find_tensorrt
 from noisec.builders.export import AutoencoderStage, export_difference, export_stage, noise_offset
+from noisec.builders.hardened import HARDENED, harden
 from noisec.builders.images import Splits
 from noisec.builders.networks import DENOISERS
 from noisec.builders.progress import console
@@ -92,7 +94,7 @@ def build(spec: GuardSpec, repository: Path, work: Path, *, report: bool = True,
         "versions": versions(),
         "spec": json.loads(spec.model_dump_json()),
         "export_difference": json.loads((autoencoder / "difference.json").read_text()),
-        "amplified": json.loads((autoencoder / DEPTHS).read_text()) if spec.amplifies else None,
+        **{path.stem: json.loads(path.read_text()) for path in (autoencoder / DEPTHS, autoencoder / HARDENED) if path.is_file()},
         "threshold": float(served.scorer.threshold),
         "classifier": protected.description,
         "attacked": attacked.name if attacked else None,
@@ -105,12 +107,26 @@ def build(spec: GuardSpec, repository: Path, work: Path, *, report: bool = True,
 
 
 def build_autoencoder(spec: GuardSpec, splits: Splits, bench: Workbench, classifier: Path) -> Path:
-    """Folder with the autoencoder stage, trained, exported and compared with its network.
+    """Folder with the autoencoder stage: the denoiser, and the copies of the classifier that detectors ask for.
 
     Args:
-        classifier: folder of the classifier stage, by which a guided denoiser is trained, and which is amplified
+        classifier: folder of the classifier stage, by which a guided denoiser is trained, and which is copied
     """
-    loud = amplified_classifiers(spec, splits, bench, classifier) if spec.amplifies else None
+    loud = amplified_classifiers(spec, splits, bench, classifier) if "amplified" in spec.copies else None
+    hardened = hardened_classifier(spec, splits, bench, classifier) if "hardened" in spec.copies else None
+    stage = build_denoiser(spec, splits, bench, classifier)
+    if loud:
+        join = partial(with_amplified_passes, stage, loud)
+        stage = bench.step("autoencoder-amplified", {"from": stage.name, "amplified": loud.name}, join)
+    if hardened:
+        passes: dict[contract.Pass, str] = {"hardened": contract.PENULTIMATE}
+        join = partial(with_copies, stage, hardened, passes)
+        stage = bench.step("autoencoder-hardened", {"from": stage.name, "hardened": hardened.name}, join)
+    return stage
+
+
+def build_denoiser(spec: GuardSpec, splits: Splits, bench: Workbench, classifier: Path) -> Path:
+    """Folder with the autoencoder stage without copies, trained, exported and compared with its network."""
     described = depended_on(spec.autoencoder)
     guided = described.pop("guidance") > 0
     inputs = {**training_inputs(spec, splits), "autoencoder": described}
@@ -130,16 +146,21 @@ def build_autoencoder(spec: GuardSpec, splits: Splits, bench: Workbench, classif
         difference = export_difference(stage, folder / "model.onnx", splits.fit[:COMPARED].floats())
         (folder / "difference.json").write_text(json.dumps({"autoencoder": difference}))
 
-    plain = bench.step("autoencoder-stage", {"from": weights.name, "offset": offset}, export)
-    if loud is None:
-        return plain
-    return bench.step("autoencoder-amplified", {"from": plain.name, "amplified": loud.name}, partial(with_amplified_passes, plain, loud))
+    return bench.step("autoencoder-stage", {"from": weights.name, "offset": offset}, export)
 
 
 def amplified_classifiers(spec: GuardSpec, splits: Splits, bench: Workbench, classifier: Path) -> Path:
     """Folder with the classifier stage's amplified copies; nothing has been trained for them."""
     inputs = {"classifier": classifier.name, "passes": contract.AMPLIFIED, "data": str(spec.data), "files": splits.digest}
     return bench.step("amplified", inputs, lambda folder: amplify(classifier, splits.fit, folder))
+
+
+def hardened_classifier(spec: GuardSpec, splits: Splits, bench: Workbench, classifier: Path) -> Path:
+    """Folder with the classifier stage's hardened copy."""
+    settings = spec.hardened
+    assert settings is not None
+    inputs = {**training_inputs(spec, splits), "classifier": classifier.name, "hardened": settings.model_dump(mode="json")}
+    return bench.step("hardened", inputs, lambda folder: harden(settings, classifier, splits.train, splits.fit, spec.seed, folder))
 
 
 def versions() -> dict[str, str]:

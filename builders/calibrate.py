@@ -18,6 +18,7 @@ from noisec.errors import NoisecError
 from noisec.python_backend.scorer.detectors import (
     ClassGaussian,
     Confidence,
+    Dissent,
     Divergence,
     Floats,
     GaussianMixture,
@@ -154,6 +155,7 @@ def fit_statistic(spec: DetectorSpec, view: View, seed: int) -> Statistic:
         "mutation": lambda: fit_mutation(view, seed),
         "reconstruction-error": ReconstructionError,
         "confidence": Confidence,
+        "dissent": Dissent,
     }
     return fits[spec.kind]()
 
@@ -242,7 +244,7 @@ def fit_tensors(spec: GuardSpec, fit: Mapping[str, Floats], calibration: Mapping
     repeats = fit_repeats(spec.memory, image_view(fit, head), image_view(calibration, head), spec.seed) if spec.memory else None
     scorer = Scorer(spec.release, spec.target_fpr, spec.fusion, edges, head, detectors, np.empty(0, np.float32), repeats=repeats)
     if scorer.needs_together:
-        sums = summed(scorer.score_each(fit)[~scorer.apart][:, sets_scales(len(levels))])
+        sums = summed(scorer.score_each(fit)[scorer.in_sum][:, sets_scales(len(levels))])
         scorer = replace(scorer, together=fit_scale(sums))
     return replace(scorer, calibration=np.sort(scorer.score(calibration)))
 

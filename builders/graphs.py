@@ -12,7 +12,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 from noisec import contract
 from noisec.errors import NoisecError
 
-REMEDY = "set layout = 'staged' and leave detectors with view = 'amplified' out"
+REMEDY = "set layout = 'staged' and leave detectors with view 'amplified' or 'hardened' out"
 """what serves a classifier that cannot be joined"""
 LARGEST_FILE = 2**31 - 1
 """bytes that a protobuf file may have; weights beyond lie beside it"""
@@ -66,15 +66,16 @@ def _of_two(first: ModelProto, second: ModelProto, nodes: Sequence[NodeProto], o
 
 
 def apart(autoencoder: ModelProto, classifier: ModelProto) -> tuple[ModelProto, ModelProto]:
-    """The same two stages with the amplified passes on the classifier's side, which computes once what they have in common with its own.
+    """The same two stages with the passes of the classifier's copies on the classifier's side, which computes once what they have in common
+    with its own.
 
     Args:
-        autoencoder: a stage that makes amplified passes of IMAGE
+        autoencoder: a stage that makes passes of copies of the classifier
 
     Returns:
         the autoencoder stage without them, and a graph that answers the classifier stage's outputs and theirs
     """
-    loud = {contract.PASSES[one] for one in contract.AMPLIFIED}
+    loud = {contract.PASSES[one] for one in contract.COPIES}
     names = [value.name for value in autoencoder.graph.output]
     own, copies = _same_opset(classifier, only(autoencoder, [name for name in names if name in loud]))
     own = onnx.compose.add_prefix(own, "own/", rename_inputs=False, rename_outputs=False)

@@ -50,8 +50,8 @@ def fused_passes(spec: GuardSpec) -> tuple[contract.Pass, ...]:
 
 
 def own_passes(spec: GuardSpec) -> tuple[contract.Pass, ...]:
-    """The classifier passes that the autoencoder stage makes itself: those, and the amplified ones in every layout."""
-    return tuple(one for one in passes_needed(spec) if one in contract.AMPLIFIED or one in fused_passes(spec))
+    """The classifier passes that the autoencoder stage makes itself: those, and those of the classifier's copies in every layout."""
+    return tuple(one for one in passes_needed(spec) if one in contract.COPIES or one in fused_passes(spec))
 
 
 def scorer_inputs(spec: GuardSpec) -> tuple[str, ...]:
@@ -233,13 +233,14 @@ def write_repository(
 
 
 def _write_single(folder: Path, spec: GuardSpec, stages: Mapping[str, Path], scorer: scoring.Scorer) -> None:
-    """What a guard in one process runs: its code and its scorer, and below it the networks' graphs. Amplified passes lie there beside the
-    image's own, whose first layers they share, and not in the autoencoder's graph as they do where stages are models of their own."""
+    """What a guard in one process runs: its code and its scorer, and below it the networks' graphs. Passes of the classifier's copies lie
+    there beside the image's own, whose first layers the amplified ones share, and not in the autoencoder's graph as they do where stages
+    are models of their own."""
     for path in GUARD_FILES:
         shutil.copyfile(path, folder / path.name)
     scorer.save(folder / "scorer.npz")
     arranged = {}
-    if spec.amplifies:
+    if spec.copies:
         graphs = (read_model(stages[stage] / "model.onnx") for stage in ("autoencoder", "classifier"))
         arranged = dict(zip(("autoencoder", "image"), apart(*graphs), strict=True))
     for name in {*stages, *arranged}:

@@ -188,15 +188,18 @@ class DetectorSpec(Section):
         "mutation",
         "reconstruction-error",
         "confidence",
+        "dissent",
     ] = "mixture"
     """``mixture``: Gaussian mixture, as published; ``class-gaussian``: Mahalanobis distance from the predicted class; ``logit-gaussian``:
     the same of the change in logits from reconstruction to image; ``divergence``: Jensen-Shannon divergence of these two answers;
     ``density``: kernel density under the predicted class; ``dimension``: local intrinsic dimensionality; ``mutation``: sensitivity to
     mutants of the last layer; ``reconstruction-error``: root mean square of the noise itself; ``confidence``: how sure of its label the
-    classifier stays while its last layers are amplified, as it does of a trigger's"""
+    classifier stays while its last layers are amplified, as it does of a trigger's; ``dissent``: how far the hardened copy prefers another
+    label"""
     view: View
     """``pixels``: n; ``noise``: F(n), as published; ``delta``: F(x) - F(A(x)); ``image``: F(x); ``amplified``: F'(x) and F''(x) of
-    the classifier amplified to two depths, which together take more than one classifier pass and less than two"""
+    the classifier amplified to two depths, which together take more than one classifier pass and less than two; ``hardened``: F(x) - H(x),
+    one pass of the classifier's hardened copy"""
     components: Positive = 1
     """``mixture``: Gaussians in each mixture; the paper uses one"""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -204,16 +207,18 @@ class DetectorSpec(Section):
 
     @model_validator(mode="after")
     def _fits_its_view(self) -> DetectorSpec:
-        bound = {
-            "logit-gaussian": "delta",
-            "divergence": "delta",
-            "mutation": "image",
-            "reconstruction-error": "pixels",
-            "confidence": "amplified",
+        bound: dict[str, tuple[View, ...]] = {
+            "logit-gaussian": ("delta", "hardened"),
+            "divergence": ("delta", "hardened"),
+            "mutation": ("image",),
+            "reconstruction-error": ("pixels",),
+            "confidence": ("amplified",),
+            "dissent": ("hardened",),
         }
-        wanted = bound.get(self.kind, "noise" if self.view in ("pixels", "amplified") else self.view)
-        if self.view != wanted:
-            raise ValueError(f"a detector of kind {self.kind!r} has view {wanted!r}; view is {self.view!r}")
+        wanted = bound.get(self.kind, ("noise", "delta", "image", "hardened"))
+        if self.view not in wanted:
+            views = " or ".join(map(repr, wanted))
+            raise ValueError(f"a detector of kind {self.kind!r} has view {views}; view is {self.view!r}")
         for name, kind in (("components", "mixture"), ("temperature", "divergence")):
             if self.kind != kind and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} goes with kind = {kind!r}; kind is {self.kind!r}")
@@ -228,6 +233,17 @@ class DetectorSpec(Section):
     def inputs(self) -> tuple[str, ...]:
         """Tensors that the view reads."""
         return tuple(contract.PASSES[name] for name in contract.VIEWS[self.view]) or (contract.NOISE_LEVEL,)
+
+
+class HardenedSpec(Section):
+    """A copy of the classifier that is trained on against small changes of its input (adversarial training), for detectors with
+    view ``hardened``. It learns the classifier's answers; labels are not asked for."""
+
+    eps: Annotated[float, Field(gt=0, le=1)]
+    """each image is changed by up to a share of this, drawn from [0, 1], in every pixel: one and a half times the changes to be seen"""
+    epochs: Positive = 4
+    batch_size: Positive = 128
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
 
 
 class MemorySpec(Section):
@@ -299,7 +315,7 @@ class GuardSpec(Section):
     precision: Precision = "fp32"
     """written into the network stages' graphs"""
     stage_precision: dict[Stage, Precision] = {}
-    """other precision for one stage; amplified passes are part of the autoencoder stage"""
+    """other precision for one stage; passes of the classifier's copies are part of the autoencoder stage"""
     compare: tuple[Precision, ...] = ()
     """precisions that are built and measured beside the one that serves"""
     int8_calibration: Calibration = "entropy"
@@ -312,7 +328,8 @@ class GuardSpec(Section):
     """whether the classifier is searched for a backdoor (BAN) before the guard is built, and whether one stops the build"""
     fusion: Literal["fisher", "tippett"] = "fisher"
     """how detectors are combined: ``fisher`` adds their surprisals, ``tippett`` takes the largest; with ``fisher`` too the larger of a
-    ``confidence``'s and of the others' sum counts, as it looks for other inputs than they do"""
+    ``confidence``'s and of the others' sum counts, as it looks for other inputs than they do, and a ``dissent``'s is added to that, as
+    much as all others together, for it asks another network"""
     data: DataSpec
     classifier: ClassifierSpec
     autoencoder: AutoencoderSpec
@@ -320,6 +337,8 @@ class GuardSpec(Section):
     attacks: tuple[Annotated[str, Field(pattern=r"^(fgsm|pgd|square)-(0?\.\d*[1-9]\d*|1)$")], ...] = ()
     """what the card reports, as method-epsilon: ``fgsm`` and ``pgd`` use the classifier's gradients, ``square`` only its answers; where
     left out, FGSM and PGD, and Square for an ONNX classifier, which has no gradients"""
+    hardened: HardenedSpec | None = None
+    """goes with detectors of view ``hardened``"""
     memory: MemorySpec | None = None
     """left out: a verdict depends on its input alone"""
     tensorrt: EngineOptions = EngineOptions()
@@ -332,6 +351,15 @@ class GuardSpec(Section):
             raise ValueError(
                 f"attacks: {', '.join(needs_gradients)} need gradients, which an ONNX classifier does not give; use square-EPS, "
                 "or give the PyTorch module with classifier.factory"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _hardened_for_those_who_look(self) -> GuardSpec:
+        if (self.hardened is not None) != ("hardened" in self.copies):
+            raise ValueError(
+                "hardened: a section [hardened] goes with detectors of view 'hardened', and they with it; "
+                f"there is {'a' if self.hardened else 'no'} section and {'such a' if 'hardened' in self.copies else 'no such'} detector"
             )
         return self
 
@@ -367,9 +395,10 @@ class GuardSpec(Section):
         return (*contract.AUTOENCODER_OUTPUTS, *(() if self.noise_source == contract.NOISE else (self.noise_source,)))
 
     @property
-    def amplifies(self) -> bool:
-        """Whether the autoencoder stage makes the amplified passes."""
-        return any(detector.view == "amplified" for detector in self.detectors)
+    def copies(self) -> tuple[contract.Pass, ...]:
+        """Passes of changed copies of the classifier, which the autoencoder stage makes."""
+        needed = {name for detector in self.detectors for name in contract.VIEWS[detector.view]}
+        return tuple(one for one in contract.COPIES if one in needed)
 
     @property
     def needs_head(self) -> bool:

@@ -34,12 +34,12 @@ class StageRunner:
         infer: :func:`in_process` or :func:`served`
         passes: classifier passes, the image's among them
         noise_source: the autoencoder stage's output that the noise pass feeds to the classifier stage
-        fused: passes that the layout puts into the autoencoder stage, which makes the amplified ones in any case
+        fused: passes that the layout puts into the autoencoder stage, which makes those of the classifier's copies in any case
     """
 
     def __init__(self, infer: Infer, passes: tuple[contract.Pass, ...], noise_source: str, fused: tuple[contract.Pass, ...] = ()) -> None:
         self._infer = infer
-        own = tuple(one for one in passes if one in contract.AMPLIFIED or one in fused)
+        own = tuple(one for one in passes if one in contract.COPIES or one in fused)
         self._passes = tuple(one for one in passes if one not in own)
         self._sources = {"noise": noise_source, "reconstruction": contract.RECONSTRUCTION}
         self._made = (contract.NOISE_LEVEL, contract.IN_RANGE, *(contract.PASSES[one] for one in own))

@@ -22,6 +22,8 @@ WEIGHTS, CHECKPOINT = "weights.pt", "checkpoint.pt"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAYOUT = torch.channels_last
 """of images and weights while training: convolutions are a third faster in it on a CPU"""
+SHIFT = 3
+"""pixels by which an augmented image is moved at most"""
 PATCH_SIDES = (2, 6)
 """smallest and one more than the largest side of a random patch, in pixels"""
 Classify = Callable[[Tensor], Mapping[str, Tensor]]
@@ -104,6 +106,15 @@ def in_blocks(images: Tensor, amplitude: float) -> Tensor:
     noise = signs[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
     sizes = amplitude * torch.rand(count, 1, 1, 1)
     return (images + (sizes * noise).to(images.device)).clamp(0, 1)
+
+
+def moved(images: Tensor) -> Tensor:
+    """Images [n, C, H, W], each moved by up to `SHIFT` pixels, its edges filled with zeros, and mirrored or not."""
+    count, _, height, width = images.shape
+    padded = nn.functional.pad(images, (SHIFT, SHIFT, SHIFT, SHIFT))
+    corners = torch.randint(2 * SHIFT + 1, (count, 2)).tolist()
+    cut = torch.stack([one[:, top : top + height, left : left + width] for one, (top, left) in zip(padded, corners, strict=True)])
+    return torch.where((torch.rand(count, 1, 1, 1) < 0.5).to(images.device), cut.flip(-1), cut)
 
 
 def train_classifier(spec: ClassifierSpec, images: Images, classes: int, seed: int, folder: Path) -> None:

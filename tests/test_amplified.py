@@ -1,4 +1,4 @@
-"""Amplified passes: in the graph, in the scorer, and on a real server in every layout."""
+"""Amplified passes: in the graph, in the scorer, and, with a hardened copy's, on a real server in every layout."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from noisec import contract, manifest
 from noisec.benchmarks.throughput.peers.servers.compute import Guard as PeerGuard
 from noisec.builders.amplified import AMPLIFICATION, DEEPER, amplifiable, amplified, amplify, chosen_depths, with_amplified_passes
 from noisec.builders.calibrate import fit_scorer
+from noisec.builders.copies import with_copies
 from noisec.builders.export import export_stage
+from noisec.builders.hardened import with_weights
 from noisec.builders.head import read_head
 from noisec.builders.images import Splits
 from noisec.builders.layout import rearrange
 from noisec.builders.precision import lower
 from noisec.builders.release import Release
 from noisec.builders.repository import read_widths, write_repository
-from noisec.builders.spec import DetectorSpec, ServingSpec, changed
+from noisec.builders.spec import DetectorSpec, HardenedSpec, ServingSpec, changed
 from noisec.builders.stages import StageRunner, ask_guard, in_process
 from noisec.builders.torchgraph import TorchGraph
 from noisec.clients import GuardClient
@@ -33,6 +35,7 @@ from noisec.python_backend.scorer.session import open_session
 from noisec.python_backend.server import EmbeddedServer
 
 CONFIDENCE = DetectorSpec(kind="confidence", view="amplified")
+DISSENT = DetectorSpec(kind="dissent", view="hardened")
 
 
 class Small(nn.Module):
@@ -100,7 +103,7 @@ def test_a_batch_norm_stands_for_its_convolution(small):
 def test_views_and_kinds_go_together():
     with pytest.raises(ValidationError, match="kind 'confidence' has view 'amplified'; view is 'image'"):
         DetectorSpec(kind="confidence", view="image")
-    with pytest.raises(ValidationError, match="kind 'mixture' has view 'noise'; view is 'amplified'"):
+    with pytest.raises(ValidationError, match="kind 'mixture' has view 'noise' or .*; view is 'amplified'"):
         DetectorSpec(view="amplified")
 
 
@@ -139,15 +142,28 @@ def amplify_to(folder, classifier, depths):
     (folder / "amplified.json").write_text(json.dumps({"amplified": depths}))
 
 
+def other_weights(classifier):
+    """Those of its convolutions a little changed, as if it had been trained on."""
+    generator = np.random.default_rng(0)
+    weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in classifier.graph.initializer}
+    named = [node.input[1] for node in classifier.graph.node if node.op_type == "Conv"]
+    return {name: weights[name] * generator.normal(1, 0.1, weights[name].shape).astype(np.float32) for name in named}
+
+
 @pytest.fixture(scope="module")
 def amplifying(report, tmp_path_factory):
-    """The reference guard with amplified passes, staged, and in one process under another name."""
+    """The reference guard with passes of all copies, staged, and in one process under another name."""
     folder = tmp_path_factory.mktemp("amplifying")
     plain, content = Release.newest(REPOSITORY, GUARD), manifest.read_manifest(REPOSITORY, GUARD)
-    spec = changed(plain.spec, detectors=(*plain.spec.detectors, CONFIDENCE), serving=ServingSpec())
-    (folder / "loud").mkdir()
-    amplify_to(folder / "loud", onnx.load(plain.folder("classifier") / "model.onnx"), (1, 2))
-    with_amplified_passes(plain.folder("autoencoder"), folder / "loud", folder)
+    detectors = (*plain.spec.detectors, CONFIDENCE, DISSENT)
+    spec = changed(plain.spec, detectors=detectors, hardened=HardenedSpec(eps=0.1), serving=ServingSpec())
+    for name in ("loud", "amplified", "hardened"):
+        (folder / name).mkdir()
+    classifier = onnx.load(plain.folder("classifier") / "model.onnx")
+    amplify_to(folder / "loud", classifier, (1, 2))
+    with_amplified_passes(plain.folder("autoencoder"), folder / "loud", folder / "amplified")
+    onnx.save(with_weights(classifier, other_weights(classifier)), folder / "hardened" / "model.onnx")
+    with_copies(folder / "amplified", folder / "hardened", {"hardened": contract.PENULTIMATE}, folder)
     stages = {"autoencoder": folder, "classifier": plain.folder("classifier")}
     splits = Splits(report[:10], report[1000:2000], report[2000:3000], report[:200], ())
     run = StageRunner.of(spec, in_process(stages, 1))
@@ -185,7 +201,7 @@ def test_one_process_computes_once_what_the_images_passes_have_in_common(amplify
     rearrange(folder / "repository", "staged", ServingSpec(layout="single", input=kind), tmp_path)
     release, whole = Release.newest(tmp_path, "staged"), tmp_path / "staged" / "1"
     images = report[:8].pixels if kind == "uint8" else report[:8].floats()
-    names = [*contract.CLASSIFIER_OUTPUTS, *(contract.PASSES[one] for one in contract.AMPLIFIED)]
+    names = [*contract.CLASSIFIER_OUTPUTS, *(contract.PASSES[one] for one in contract.COPIES)]
     asked = in_process(release.stages, 1)
     expected = asked("classifier", images, names[:2]) | asked("autoencoder", images, names[2:])
     found = open_session(whole / "image" / "model.onnx", 1).run(names, {contract.IMAGE: images})
@@ -194,8 +210,8 @@ def test_one_process_computes_once_what_the_images_passes_have_in_common(amplify
     layers = {part: len(amplifiable(onnx.load(whole / part / "model.onnx"))) for part in ("classifier", "image", "autoencoder")}
     before = len(amplifiable(onnx.load(release.folder("autoencoder") / "model.onnx")))
     assert layers["classifier"] == 3
-    assert layers["image"] == 3 + 1, "the copies change the input of one layer between them: that of the last"
-    assert before - layers["autoencoder"] == 3 + 1, "where they were alone, they had all layers to compute"
+    assert layers["image"] == 3 + 1 + 3, "the amplified copies change the input of one layer between them, the hardened one all"
+    assert before - layers["autoencoder"] == 3 + 1 + 3, "where they were alone, they had all layers to compute"
 
 
 def test_the_amplified_passes_are_differentiable_and_alone_can_raise_the_alarm(amplifying, pixels):
@@ -203,10 +219,12 @@ def test_the_amplified_passes_are_differentiable_and_alone_can_raise_the_alarm(a
     images = torch.from_numpy(pixels[:4]).requires_grad_(True)
     graph = TorchGraph(folder / "model.onnx", "cpu")
     answers = dict(zip(graph.outputs, graph(images), strict=True))
-    (slope,) = torch.autograd.grad(sum(answers[contract.PASSES[one]].square().sum() for one in contract.AMPLIFIED), images)
+    (slope,) = torch.autograd.grad(sum(answers[contract.PASSES[one]].square().sum() for one in contract.COPIES), images)
     assert slope.abs().sum() > 0
     tensors = run.batch(pixels[:4])
     assert not scorer.verdict(tensors).is_malicious.all()
     certain = tensors[contract.PASSES["image"]] * 50
     verdict = scorer.verdict({**tensors, **{contract.PASSES[one]: certain for one in contract.AMPLIFIED}})
     assert verdict.is_malicious.all(), "as sure as that of the label is no clean image"
+    astray = scorer.verdict({**tensors, contract.PASSES["hardened"]: np.roll(tensors[contract.PASSES["image"]], 1, axis=0) * 20})
+    assert astray.score.max() > verdict.score.min(), "nor is one of which the copy says something else"

@@ -24,7 +24,7 @@ from noisec.python_backend.scorer.detectors import View
 
 EPS = 0.05
 VIEWS = {"mixture": "noise", "class-gaussian": "image", "density": "noise", "dimension": "image", "mutation": "image"}
-VIEWS |= {"reconstruction-error": "pixels", "confidence": "amplified"}
+VIEWS |= {"reconstruction-error": "pixels", "confidence": "amplified", "dissent": "hardened"}
 ROUNDING = 1e-5
 """a divergence below this is mostly float32 rounding, in NumPy as in torch"""
 
@@ -69,10 +69,9 @@ def answers(subject, pgd):
     """What the stages answer to fit images, and to clean and to attacked ones."""
     fit, pixels = noisy(subject.splits.fit.floats(), 0.02), np.concatenate([subject.splits.report[64:128].floats(), noisy(pgd, 0.02)])
     sets = subject.tensors(fit, len(fit)), subject.tensors(pixels, len(pixels))
-    for tensors in sets:  # the reference guard makes no amplified passes; others are as good for a formula
-        tensors |= {
-            contract.PASSES[one]: tensors[contract.PASSES[other]] for one, other in zip(contract.AMPLIFIED, ("noise", "image"), strict=True)
-        }
+    for tensors in sets:  # the reference guard asks no copies; other passes are as good for a formula
+        others = ("noise", "image", "reconstruction")
+        tensors |= {contract.PASSES[one]: tensors[contract.PASSES[other]] for one, other in zip(contract.COPIES, others, strict=True)}
     return sets
 
 

@@ -24,7 +24,16 @@ from noisec.builders.calibrate import (
     fit_scale,
 )
 from noisec.errors import NoisecError
-from noisec.python_backend.scorer.detectors import Confidence, Divergence, GaussianMixture, Head, LogitGaussian, ReconstructionError, View
+from noisec.python_backend.scorer.detectors import (
+    Confidence,
+    Dissent,
+    Divergence,
+    GaussianMixture,
+    Head,
+    LogitGaussian,
+    ReconstructionError,
+    View,
+)
 from noisec.python_backend.scorer.scoring import Detector, Scorer, TailScale, conformal_p_values, conformal_threshold
 
 
@@ -256,6 +265,30 @@ def test_a_detector_that_stands_apart_is_in_no_sum(vectors, head):
         replace(scorer, together=TailScale(scorer.together.scores[::-1], scorer.together.surprisals)).check()
 
 
+@pytest.mark.parametrize("kinds", [("confidence", "dissent"), ("dissent",), ("dissent", "dissent")])
+def test_an_independent_detector_is_added_to_all_others_together(vectors, head, kinds):
+    scorer, tensors = with_confidence(vectors, head)
+    copy = np.roll(vectors, 7, axis=0)
+    dissent = Dissent()
+    scale = fit_scale(dissent.score(seen(vectors, copy, head=head)))
+    added = Detector("hardened-dissent", "dissent", ("IMAGE_PENULTIMATE", "HARDENED_PENULTIMATE"), (dissent,) * 2, (scale,) * 2)
+    tensors |= {"IMAGE_PENULTIMATE": vectors, "HARDENED_PENULTIMATE": copy}
+    known = {"confidence": scorer.detectors[-1], "dissent": added}
+    own = scorer.detectors[:2] if len(set(kinds)) == len(kinds) else ()
+    scorer = replace(scorer, detectors=(*own, *(known[kind] for kind in kinds)), together=scorer.together if own else None)
+    scorer.check()
+    each = scorer.score_each(tensors)
+    dissents = np.maximum(each[[len(own) + place for place, kind in enumerate(kinds) if kind == "dissent"]], 0).sum(axis=0)
+    others = np.zeros_like(dissents)
+    if own:
+        others = scorer.together(np.maximum(each[:2], 0).sum(axis=0))
+    if "confidence" in kinds:
+        others = np.maximum(others, each[2])
+    assert np.allclose(scorer.score(tensors), np.maximum(others, 0) + dissents, atol=1e-5)
+    assert (dissents > 0.5).any()
+    assert (dissents == 0).any()
+
+
 def test_confidence_is_the_mean_logit_of_the_labels_probabilities(vectors, head):
     amplified = np.roll(vectors, 5, axis=0), np.roll(vectors, 6, axis=0)
     labels = head.logits(vectors).argmax(axis=1)
@@ -264,6 +297,17 @@ def test_confidence_is_the_mean_logit_of_the_labels_probabilities(vectors, head)
     wanted = np.arange(3) == labels[:, None]
     odds = [one[wanted] / np.where(wanted, 0, one).sum(axis=1) for one in probabilities]
     assert np.allclose(found, np.mean(np.log(odds), axis=0), rtol=1e-3, atol=1e-3)
+
+
+def test_dissent_is_how_far_the_copy_prefers_another_label(vectors, head):
+    copy = np.roll(vectors, 5, axis=0)
+    labels = head.logits(vectors).argmax(axis=1)
+    found = Dissent().score(seen(vectors, copy, head=head))
+    for row, logits in enumerate(head.logits(copy)[:50]):
+        assert found[row] == pytest.approx(np.delete(logits, labels[row]).max() - logits[labels[row]], abs=1e-5)
+    agrees = head.logits(copy).argmax(axis=1) == labels
+    assert 0 < agrees.sum() < len(agrees)
+    assert ((found < 0) == agrees).all()
 
 
 def test_the_change_in_logits_is_measured_from_the_predicted_class(vectors, head):

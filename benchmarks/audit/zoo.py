@@ -17,7 +17,7 @@ from noisec.builders.audit.triggers import TRIGGERS, InputAware, PatternGenerato
 from noisec.builders.images import Images, cut
 from noisec.builders.sources import fashion_mnist
 from noisec.builders.sources.official import local
-from noisec.builders.train import WEIGHTS, Loss, Schedule, has_bfloat16, load_network, lowered, optimise
+from noisec.builders.train import WEIGHTS, Loss, Schedule, has_bfloat16, load_network, lowered, moved, optimise
 from noisec.builders.workbench import Workbench
 
 Role = Literal["reported", "calibration", "tuning"]
@@ -34,7 +34,7 @@ WARP = 1.0
 """WaNet's strength: a mean shift of half a pixel, twice the paper's, whose warp next to nobody sees on 28 x 28 pixels, networks included"""
 TOOK = 0.8
 """attack success below which a backdoor did not take"""
-FEW_CLASSES, IMBALANCE, CROP, DEVIATION = 3, 10, 3, 0.1
+FEW_CLASSES, IMBALANCE, DEVIATION = 3, 10, 0.1
 FIRST_SEED, CALIBRATION_SEED, TUNING_SEED = 1, 100, 200
 """first seed of the classifiers that are reported, of those that only thresholds are fitted on, and of those that settings and the repair's
 learning rate were chosen on"""
@@ -215,11 +215,7 @@ def _loss(network: nn.Module, attack: str) -> Loss:
 
 
 def augmented(images: Tensor) -> Tensor:
-    """Images [n, C, H, W] in [0, 1], each moved by up to `CROP` pixels, mirrored or not, and with noise of up to `DEVIATION`."""
-    count, _, height, width = images.shape
-    padded = nn.functional.pad(images, (CROP, CROP, CROP, CROP))
-    corners = torch.randint(2 * CROP + 1, (count, 2)).tolist()
-    moved = torch.stack([one[:, top : top + height, left : left + width] for one, (top, left) in zip(padded, corners, strict=True)])
-    mirrored = torch.where((torch.rand(count, 1, 1, 1) < 0.5).to(images.device), moved.flip(-1), moved)
-    deviations = DEVIATION * torch.rand(count, 1, 1, 1, device=images.device)
-    return (mirrored + deviations * torch.randn_like(mirrored)).clamp(0, 1)
+    """Images [n, C, H, W] in [0, 1], each moved and mirrored at random, and with noise of up to `DEVIATION`."""
+    shown = moved(images)
+    deviations = DEVIATION * torch.rand(len(shown), 1, 1, 1, device=images.device)
+    return (shown + deviations * torch.randn_like(shown)).clamp(0, 1)

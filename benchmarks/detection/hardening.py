@@ -27,8 +27,9 @@ from noisec.builders.torchgraph import TorchGraph
 FIT, CALIBRATE = 6000, 3000
 """images, as every draw costs all denoisers"""
 DRAWS = 5
-AMPLIFIED = [contract.PASSES[one] for one in contract.AMPLIFIED]
 """verdicts that an attacked image's success is averaged over"""
+COPIES = [contract.PASSES[one] for one in contract.COPIES]
+"""what copies of the classifier make of the image"""
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class DrawnStages:
             contract.PASSES["image"]: passes["image"][contract.PENULTIMATE],
             contract.PASSES["noise"]: passes["noise"][contract.PENULTIMATE],
             contract.PASSES["reconstruction"]: passes["reconstruction"][contract.PENULTIMATE],
-            **{name: tensor for name, tensor in self._denoisers[0].named(images).items() if name in AMPLIFIED},
+            **{name: tensor for name, tensor in self._denoisers[0].named(images).items() if name in COPIES},
         }
 
     def arrays(self, images: Floats, title: str) -> Tensors:

@@ -330,8 +330,9 @@ def surrogate_spec(subject: Subject, seed: int, epochs: int) -> GuardSpec:
     """The guard's specification with another seed and as many noise levels as the attacker's images allow."""
     spec = subject.spec
     levels = max(1, min(spec.noise_levels, len(subject.splits.calibrate) // 2 // ROWS_A_LEVEL))
-    autoencoder = spec.autoencoder.model_copy(update={"epochs": epochs})
-    return spec.model_copy(update={"seed": seed, "autoencoder": autoencoder, "noise_levels": levels})
+    trained = {"autoencoder": spec.autoencoder, **({"hardened": spec.hardened} if spec.hardened else {})}
+    shortened = {name: section.model_copy(update={"epochs": epochs}) for name, section in trained.items()}
+    return spec.model_copy(update={"seed": seed, "noise_levels": levels, **shortened})
 
 
 def surrogate_splits(subject: Subject, seed: int) -> Splits:

@@ -59,7 +59,11 @@ ALONE = {
     "head mutation": DetectorSpec(kind="mutation", view="image"),
 }
 """each statistic by itself, fitted and calibrated as the guard's own are"""
-AMPLIFIED = DetectorSpec(kind="confidence", view="amplified")
+OF_COPIES = {
+    "amplified": ("amplified confidence", DetectorSpec(kind="confidence", view="amplified")),
+    "hardened": ("hardened dissent", DetectorSpec(kind="dissent", view="hardened")),
+}
+"""pass of a copy of the classifier -> the statistic of its view, where the guard makes it"""
 
 
 @dataclass(frozen=True)
@@ -109,11 +113,12 @@ def panel(subject: Subject, fit: Sent, calibration: Sent) -> dict[str, Calibrate
 
 
 def ablations(subject: Subject) -> dict[str, tuple[DetectorSpec, ...]]:
-    """Each statistic alone; where the guard makes an amplified pass, that one too, and the guard without it."""
+    """Each statistic alone; where the guard asks a copy of the classifier, that one's too, and the guard without it."""
     found: dict[str, tuple[DetectorSpec, ...]] = {name: (detector,) for name, detector in ALONE.items()}
-    if subject.spec.amplifies:
-        others = tuple(detector for detector in subject.spec.detectors if detector.view != "amplified")
-        found |= {"amplified confidence": (AMPLIFIED,), **({"default without it": others} if others else {})}
+    for one, (name, detector) in OF_COPIES.items():
+        if one in subject.spec.copies:
+            others = tuple(other for other in subject.spec.detectors if other.view != detector.view)
+            found |= {name: (detector,), **({f"default without {name}": others} if others else {})}
     return found
 
 

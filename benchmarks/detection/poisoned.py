@@ -27,8 +27,8 @@ BATCH_SIZE, LEARNING_RATE = 128, 1e-3
 CLEAN_LABEL: dict[int, dict[str, Any]] = {1: {"eps": 0.3, "covered": 1.0}, 3: {"eps": 8 / 255, "covered": 0.0}}
 """channels -> how clean-label images are weakened, and whether with covers: colour ones by a usual eps and without, as Turner et al. 2019;
 grey ones by what is usual for MNIST (Madry et al. 2018), which takes covers"""
-GUIDED_EPOCHS = 1
-"""of a denoiser that the backdoored classifier guides, which therefore has to be trained anew"""
+GUIDED_EPOCHS, HARDENED_EPOCHS = 1, 2
+"""at most, of a denoiser that the backdoored classifier guides and of its hardened copy, which therefore have to be trained anew"""
 
 
 def poisoned_guard(
@@ -76,8 +76,11 @@ def poisoned_guard(
     denoiser = subject.spec.autoencoder
     if denoiser.guidance:
         denoiser = denoiser.model_copy(update={"epochs": min(denoiser.epochs, GUIDED_EPOCHS)})
+    hardened = subject.spec.hardened
+    if hardened:
+        hardened = hardened.model_copy(update={"epochs": min(hardened.epochs, HARDENED_EPOCHS)})
     changed = {"name": f"{subject.name}_{name.replace('-', '_')}", "release": 1, "compare": ()}
-    spec = subject.spec.model_copy(update={**changed, "classifier": classifier, "autoencoder": denoiser})
+    spec = subject.spec.model_copy(update={**changed, "classifier": classifier, "autoencoder": denoiser, "hardened": hardened})
     repository = work / "detection" / "poisoned"
     build(spec, repository, work, report=False, force=True)
     return Subject.open(repository, spec.name, work), lambda pixels: trigger.apply(pixels, seed), TARGET

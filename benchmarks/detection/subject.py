@@ -76,7 +76,7 @@ class Subject(Release):
     @cached_property
     def runner(self) -> StageRunner:
         """Runs every classifier pass that the stages can make, also those that the guard's own detectors do without."""
-        passes = tuple(one for one in contract.PASSES if one not in contract.AMPLIFIED or self.spec.amplifies)
+        passes = tuple(one for one in contract.PASSES if one not in contract.COPIES or one in self.spec.copies)
         return StageRunner(in_process(self.stages), passes, self.spec.noise_source)
 
     def tensors(self, batches: Iterable[Floats] | Floats, count: int, title: str = "running stages") -> Tensors:

@@ -155,6 +155,12 @@ def _confidence(view: TorchView) -> Tensor:
     return (logits.gather(2, label)[..., 0] - torch.logsumexp(others, dim=2)).mean(dim=0)
 
 
+def _dissent(view: TorchView) -> Tensor:
+    logits = view.head.logits(view.activations[1])
+    label = view.labels[:, None]
+    return logits.scatter(1, label, -torch.inf).amax(dim=1) - logits.gather(1, label)[:, 0]
+
+
 STATISTICS: dict[str, Callable[..., Raw]] = {
     "mixture": _mixture,
     "class-gaussian": _class_gaussian,
@@ -165,6 +171,7 @@ STATISTICS: dict[str, Callable[..., Raw]] = {
     "mutation": _mutation,
     "reconstruction-error": lambda fitted, device: lambda view: view.activations[0][:, 0],
     "confidence": lambda fitted, device: _confidence,
+    "dissent": lambda fitted, device: _dissent,
 }
 """kind of a detector -> (fitted statistic, device) -> its formula in torch"""
 
@@ -222,7 +229,7 @@ class TorchScorer:
         self._head = TorchHead(scorer.head, device)
         self._needs_head = scorer.needs_head
         self._detectors = [TorchDetector(detector, device) for detector in scorer.detectors]
-        self._apart = _tensor(scorer.apart, device)
+        self._in_sum, self._apart, self._independent = (_tensor(rows, device) for rows in (scorer.in_sum, scorer.apart, scorer.independent))
         self._together = TorchScale(scorer.together, device) if scorer.together else None
         self._fusion = scorer.fusion
 
@@ -239,9 +246,19 @@ class TorchScorer:
         labels = self._labels(tensors, levels)
         each = torch.stack([detector(tensors, labels, levels, self._head) for detector in self._detectors])
         if self._fusion == "fisher" and len(each) > 1:
-            total = each[~self._apart].clamp(min=0).sum(dim=0)
-            each = total[None] if self._together is None else torch.stack([self._together(total), *each[self._apart]])
+            each = self._fused(each)
         return torch.where(tensors[contract.IN_RANGE][:, 0] == 1, each.amax(dim=0), torch.nan)
+
+    def _fused(self, each: Tensor) -> Tensor:
+        """Fisher's method: surprisals [number of detectors, n] -> [1, n], or more rows of which the largest counts."""
+        rivals = [*each[self._apart]]
+        if self._in_sum.any():
+            total = each[self._in_sum].clamp(min=0).sum(dim=0)
+            rivals.append(self._together(total) if self._together else total)
+        if not self._independent.any():
+            return torch.stack(rivals)
+        strongest = [torch.stack(rivals).amax(dim=0)] if rivals else []
+        return torch.stack([*strongest, *each[self._independent]]).clamp(min=0).sum(dim=0, keepdim=True)
 
     def _labels(self, tensors: Mapping[str, Tensor], levels: Tensor) -> Tensor:
         if not self._needs_head:
@@ -262,7 +279,7 @@ def compose(stages: Mapping[str, Path], scorer: Scorer, noise_source: str, devic
     """
     graphs = {stage: TorchGraph(folder / "model.onnx", device) for stage, folder in stages.items()}
     score = TorchScorer(scorer, device)
-    passes = [one for one, name in contract.PASSES.items() if one not in contract.AMPLIFIED and (name in scorer.inputs or one == "image")]
+    passes = [one for one, name in contract.PASSES.items() if one not in contract.COPIES and (name in scorer.inputs or one == "image")]
 
     def run(stage: str, images: Tensor) -> dict[str, Tensor]:
         return dict(zip(graphs[stage].outputs, graphs[stage](images), strict=True))

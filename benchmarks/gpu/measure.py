@@ -77,7 +77,7 @@ def speed(guard: Guard, runtime: str, stages: Mapping[str, GpuStage]) -> list[di
             launchers = {name: stage.launcher(batch) for name, stage in stages.items()}
             whole = [
                 launchers["autoencoder"],
-                *(launchers["classifier"] for one in passes_needed(guard.spec) if one not in contract.AMPLIFIED),
+                *(launchers["classifier"] for one in passes_needed(guard.spec) if one not in contract.COPIES),
             ]
             launchers["guard"] = lambda whole=whole: [launch() for launch in whole]  # type: ignore[misc]
             for name, launch in launchers.items():

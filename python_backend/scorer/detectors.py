@@ -248,6 +248,21 @@ class Confidence:
         return result
 
 
+@dataclass(frozen=True)
+class Dissent:
+    """How far a hardened copy of the classifier prefers another label: small changes that lead the classifier astray lead it less (decision
+    mismatch of two models, Monteiro et al. 2019, arXiv 1802.07770)."""
+
+    def score(self, view: View) -> Floats:
+        """The copy's largest other logit minus the label's."""
+        logits = view.logits()[1].copy()
+        rows = np.arange(len(view.labels))
+        label = logits[rows, view.labels]
+        logits[rows, view.labels] = -np.inf
+        result: Floats = logits.max(axis=1) - label
+        return result
+
+
 def softmax(logits: Floats) -> Floats:
     """Along the last axis."""
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
@@ -292,10 +307,13 @@ STATISTICS: MappingProxyType[str, type] = MappingProxyType(
         "mutation": HeadMutation,
         "reconstruction-error": ReconstructionError,
         "confidence": Confidence,
+        "dissent": Dissent,
     }
 )
 """kind of a detector -> its statistic"""
-WITH_HEAD = frozenset({"class-gaussian", "logit-gaussian", "divergence", "density", "mutation", "confidence"})
+WITH_HEAD = frozenset({"class-gaussian", "logit-gaussian", "divergence", "density", "mutation", "confidence", "dissent"})
 """kinds that need the predicted class, and so the image's activations and the classifier's head"""
 APART = "confidence"
 """kind whose detectors' evidence adds nothing to the others': what they find looks natural otherwise"""
+INDEPENDENT = "dissent"
+"""kind whose detectors ask another network than the others: their evidence counts as much as all of the others' together"""

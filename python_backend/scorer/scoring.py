@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from .detectors import APART, STATISTICS, WITH_HEAD, Floats, Head, Integers, Statistic, View
+from .detectors import APART, INDEPENDENT, STATISTICS, WITH_HEAD, Floats, Head, Integers, Statistic, View
 from .memory import Memory, Repeats
 
 NOISE_LEVEL = "NOISE_LEVEL"
@@ -176,7 +176,7 @@ class Scorer:
     calibration: Floats
     """[m], scores of the calibration images, ascending"""
     together: TailScale | None = None
-    """of Fisher's sum, where detectors are `APART` from it; None: the sum is the score"""
+    """of Fisher's sum, where detectors stand beside it; None: the sum is the score"""
     repeats: Repeats | None = None
     """when an input that repeats recent ones is malicious, whatever its score; None: whatever came before it"""
 
@@ -237,7 +237,8 @@ class Scorer:
     def score(self, tensors: Mapping[str, Floats]) -> Floats:
         """The fused score: the sum of the detectors' surprisals (Fisher's method on their p-values, none above 1), or the largest of them
         (Tippett's). Detectors that look at the same input are not independent, so the sum's own distribution is calibrated afterwards.
-        Where detectors stand `apart` from the sum, the score is the larger of its surprisal and theirs.
+        With Fisher's method, those that stand beside the sum meet its surprisal: those `apart` from it count where they are larger, and
+        to the larger of both those that are `independent` are added.
 
         Args:
             tensors: name -> float32 [n, d] or [n, 1], as ``inputs`` lists them
@@ -246,21 +247,39 @@ class Scorer:
             float32 [n], NaN where any detector's is
         """
         each = self.score_each(tensors)
-        if self.fusion == "fisher" and len(each) > 1:
-            total = summed(each[~self.apart])
-            each = total[None] if self.together is None else np.stack([self.together(total), *each[self.apart]])
-        largest: Floats = each.max(axis=0)
-        return largest
+        if self.fusion == "tippett" or len(each) == 1:
+            largest: Floats = each.max(axis=0)
+            return largest
+        rivals = [*each[self.apart]]
+        if self.in_sum.any():
+            total = summed(each[self.in_sum])
+            rivals.append(self.together(total) if self.together else total)
+        strongest = [np.max(rivals, axis=0)] if rivals else []
+        others = each[self.independent]
+        return summed(np.stack([*strongest, *others])) if len(others) else strongest[0]
 
     @cached_property
     def apart(self) -> npt.NDArray[np.bool_]:
-        """[number of detectors], those that are in no sum"""
-        return np.array([detector.kind == APART for detector in self.detectors])
+        """[number of detectors], those whose surprisal rivals the sum's"""
+        return self._of_kind(APART)
+
+    @cached_property
+    def independent(self) -> npt.NDArray[np.bool_]:
+        """[number of detectors], those whose surprisal is added to the others' together"""
+        return self._of_kind(INDEPENDENT)
+
+    def _of_kind(self, kind: str) -> npt.NDArray[np.bool_]:
+        return np.array([detector.kind == kind for detector in self.detectors])
+
+    @cached_property
+    def in_sum(self) -> npt.NDArray[np.bool_]:
+        """[number of detectors], those that Fisher's sum is of"""
+        return ~(self.apart | self.independent)
 
     @property
     def needs_together(self) -> bool:
         """Whether there is a sum that other detectors stand beside."""
-        return self.fusion == "fisher" and bool(self.apart.any() and not self.apart.all())
+        return self.fusion == "fisher" and bool(self.in_sum.any() and not self.in_sum.all())
 
     def verdict(self, tensors: Mapping[str, Floats]) -> Verdict:
         """Score, conformal p-value and verdict. A score that is not a number is malicious: a broken detector never says benign."""

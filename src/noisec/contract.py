@@ -42,7 +42,7 @@ VERDICT: Final = (SCORE, P_VALUE, IS_MALICIOUS, RELEASE)
 OUTPUTS: Final = (LOGITS, *VERDICT)
 """What the ensemble answers."""
 
-Pass = Literal["noise", "image", "reconstruction", "amplified", "deeper"]
+Pass = Literal["noise", "image", "reconstruction", "amplified", "deeper", "hardened"]
 PASSES: Final = MappingProxyType[Pass, str](
     {
         "noise": "NOISE_PENULTIMATE",
@@ -50,20 +50,30 @@ PASSES: Final = MappingProxyType[Pass, str](
         "reconstruction": "RECONSTRUCTION_PENULTIMATE",
         "amplified": "AMPLIFIED_PENULTIMATE",
         "deeper": "AMPLIFIED_DEEPER_PENULTIMATE",
+        "hardened": "HARDENED_PENULTIMATE",
     }
 )
 """A classifier pass -> the scorer's input that carries its penultimate activations."""
 
 AMPLIFIED: Final[tuple[Pass, ...]] = ("amplified", "deeper")
-"""Passes of the classifier with fewer and with more of its last layers amplified; the autoencoder stage makes them in every layout, and
-a guard in one process with the image's own pass."""
+"""Passes of the classifier with fewer and with more of its last layers amplified."""
+COPIES: Final[tuple[Pass, ...]] = (*AMPLIFIED, "hardened")
+"""Passes of the image through changed copies of the classifier: the autoencoder stage makes them in every layout, and a guard in one
+process with the image's own pass."""
 
-View = Literal["pixels", "noise", "delta", "image", "amplified"]
-VIEWS: Final = MappingProxyType[str, tuple[Pass, ...]](
-    {"pixels": (), "noise": ("noise",), "delta": ("image", "reconstruction"), "image": ("image",), "amplified": AMPLIFIED}
+View = Literal["pixels", "noise", "delta", "image", "amplified", "hardened"]
+VIEWS: Final = MappingProxyType[View, tuple[Pass, ...]](
+    {
+        "pixels": (),
+        "noise": ("noise",),
+        "delta": ("image", "reconstruction"),
+        "image": ("image",),
+        "amplified": AMPLIFIED,
+        "hardened": ("image", "hardened"),
+    }
 )
-"""What a detector looks at -> the classifier passes it needs: none for n itself, then F(n), F(x) - F(A(x)), F(x), and F'(x) and
-F''(x) of the classifier whose last layers are amplified."""
+"""What a detector looks at -> the classifier passes it needs: none for n itself, then F(n), F(x) - F(A(x)), F(x), F'(x) and F''(x) of the
+classifier whose last layers are amplified, and F(x) - H(x), where H is the classifier's hardened copy."""
 
 STAGES: Final = ("autoencoder", "classifier", "scorer")
 
