@@ -18,7 +18,7 @@ from noisec.builders.card import write_card
 from noisec.builders.copies import with_copies
 from noisec.builders.engine import compute_capability, find_tensorrt
 from noisec.builders.export import AutoencoderStage, export_difference, export_stage, noise_offset
-from noisec.builders.hardened import HARDENED, harden
+from noisec.builders.hardened import HARDENED, export_copy, train_copy
 from noisec.builders.images import Splits
 from noisec.builders.networks import DENOISERS
 from noisec.builders.progress import console
@@ -160,7 +160,9 @@ def hardened_classifier(spec: GuardSpec, splits: Splits, bench: Workbench, class
     settings = spec.hardened
     assert settings is not None
     inputs = {**training_inputs(spec, splits), "classifier": classifier.name, "hardened": settings.model_dump(mode="json")}
-    return bench.step("hardened", inputs, lambda folder: harden(settings, classifier, splits.train, splits.fit, spec.seed, folder))
+    weights = bench.step("hardened", inputs, lambda folder: train_copy(settings, classifier, splits.train, spec.seed, folder))
+    export = partial(export_copy, settings, classifier, weights, splits.fit)
+    return bench.step("hardened-stage", {"from": weights.name}, export)
 
 
 def versions() -> dict[str, str]:

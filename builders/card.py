@@ -38,7 +38,7 @@ An attacker who holds the guard's own weights is not among these attacks, and is
 {audit}- autoencoder: `{autoencoder}`, trained on {train} clean images with noise of sd 0 to {noise_sd}{patches}{guided}{blocks}
 - detectors: {detectors}, fitted on {fit} clean images and calibrated on {calibrate} others,
   half of them with sensor noise of sd 0 to {natural}
-{memory}- {levels} noise level(s), runtime `{runtime}`, precision `{precision}`, seed {seed}
+{hardened}{memory}- {levels} noise level(s), runtime `{runtime}`, precision `{precision}`, seed {seed}
 
 `{release}/manifest.json` holds all figures, versions and the SHA-256 of every file.
 """
@@ -78,6 +78,9 @@ def write_card(
         if spec.autoencoder.blocks
         else "",
         detectors=", ".join(f"`{detector.name}`" for detector in spec.detectors),
+        hardened=f"- hardened copy of the classifier: {spec.hardened.epochs} epochs against changes of up to {spec.hardened.eps:g}\n"
+        if spec.hardened
+        else "",
         memory=f"- memory: what {spec.memory.neighbours} of the last {spec.memory.size} inputs nearly repeat is malicious too\n"
         if spec.memory
         else "",

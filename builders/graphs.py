@@ -75,13 +75,13 @@ def apart(autoencoder: ModelProto, classifier: ModelProto) -> tuple[ModelProto, 
     Returns:
         the autoencoder stage without them, and a graph that answers the classifier stage's outputs and theirs
     """
-    loud = {contract.PASSES[one] for one in contract.COPIES}
+    made = {contract.PASSES[one] for one in contract.COPIES}
     names = [value.name for value in autoencoder.graph.output]
-    own, copies = _same_opset(classifier, only(autoencoder, [name for name in names if name in loud]))
+    own, copies = _same_opset(classifier, only(autoencoder, [name for name in names if name in made]))
     own = onnx.compose.add_prefix(own, "own/", rename_inputs=False, rename_outputs=False)
     outputs = [*own.graph.output, *copies.graph.output]
     both = _of_two(own, copies, [*own.graph.node, *copies.graph.node], outputs, "passes of the image")
-    return only(autoencoder, [name for name in names if name not in loud]), without_repeats(both)
+    return only(autoencoder, [name for name in names if name not in made]), without_repeats(both)
 
 
 def only(model: ModelProto, outputs: Sequence[str]) -> ModelProto:

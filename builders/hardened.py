@@ -3,31 +3,30 @@
 The copy goes on from the classifier's own weights and learns to answer small changes of an image, those that move it most, as the
 classifier answers the image itself: adversarial training (Madry et al. 2018) with one step of the gradient from a random start (Wong et
 al. 2020), which is enough where a trained classifier is trained on (Zhao and Bagchi 2025, arXiv 2506.22602). Labels are not asked for.
-The last layer stays as it is, so that both classifiers' penultimate activations mean the same; where they disagree, a small change has
-moved one of them (decision mismatch of two models, Monteiro et al. 2018, arXiv 1802.07770). Like amplified passes it is a part of the
-autoencoder stage.
+What comes after the penultimate activations stays as it is, so that those of both classifiers mean the same; where they disagree, a small
+change has moved one of them (decision mismatch of two models, Monteiro et al. 2018, arXiv 1802.07770). Like amplified passes it is a part
+of the autoencoder stage.
 """
 
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from onnx import ModelProto, TensorProto, numpy_helper
+from onnx import ModelProto, numpy_helper
 from torch import Tensor, nn
 
 from noisec import contract
-from noisec.builders.classifier import Graph, find_head, read_model
+from noisec.builders.classifier import read_model
 from noisec.builders.graphs import save_model
 from noisec.builders.images import Floats, Images
 from noisec.builders.progress import console
 from noisec.builders.spec import HardenedSpec
 from noisec.builders.stages import in_process
-from noisec.builders.torchgraph import TorchGraph
+from noisec.builders.torchgraph import Step, TorchGraph
 from noisec.builders.train import DEVICE, Classify, Schedule, load_network, moved, optimise
 from noisec.errors import NoisecError
 
@@ -35,37 +34,50 @@ LEARNING = ("Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization")
 """operations whose weights and biases are trained"""
 STEP = 1.25
 """of the gradient, in units of the largest change (Wong et al. 2020)"""
-SAMPLE = 1000
-"""clean images on which the copy is compared with the classifier"""
+SAMPLE, LEAST_AGREEMENT = 1000, 0.5
+"""clean images on which the copy is compared with the classifier, and the share of equal labels below which it is no copy"""
 HARDENED = "hardened.json"
+REMEDY = "leave detectors with view 'hardened' out"
 
 
 class Copy(nn.Module):
-    """A classifier stage's graph with weights of its own, all but the last layer's.
+    """A classifier stage's graph with weights of its own up to the penultimate activations.
 
     Args:
-        stage: folder with ``model.onnx``
+        stage: folder with ``model.onnx``, in fp32
 
     Raises:
-        NoisecError: nothing before the last layer can be trained, or the graph has an operation without gradients.
+        NoisecError: the graph has an operation without gradients, or no weights that can be trained.
     """
 
     def __init__(self, stage: Path) -> None:
         super().__init__()
-        head = find_head(Graph(read_model(stage / "model.onnx")), contract.LOGITS)
-        self._graph = TorchGraph(stage / "model.onnx", DEVICE.type)
-        named = dict.fromkeys(name for step in self._graph.steps if step.kind in LEARNING for name in step.inputs[1:3])
-        kept = set(head.input if head else ())
-        self.names = [name for name in named if name not in kept and isinstance(self._graph.constants.get(name), Tensor)]
+        try:
+            self._graph = TorchGraph(stage / "model.onnx", DEVICE.type)
+        except NoisecError as error:
+            raise NoisecError(f"the classifier cannot be hardened; {REMEDY}: {error}") from error
+        constants = self._graph.constants
+        named = dict.fromkeys(name for step in _before_penultimate(self._graph) if step.kind in LEARNING for name in step.inputs[1:3])
+        self.names = [name for name in named if isinstance(constants.get(name), Tensor)]
         """of the weights, as the graph has them"""
-        if not self.names:
-            raise NoisecError("no layer before the classifier's last one can be trained: leave detectors with view 'hardened' out")
-        self.weights = nn.ParameterList(nn.Parameter(self._graph.constants[name].clone()) for name in self.names)
+        if not self.names or any(constants[name].dtype != torch.float32 for name in self.names):
+            raise NoisecError(f"the classifier has no float32 weights before its penultimate activations that can be trained: {REMEDY}")
+        self.weights = nn.ParameterList(nn.Parameter(constants[name].clone()) for name in self.names)
 
     def forward(self, images: Tensor) -> Tensor:
         """float32 [n, C, H, W] -> logits float32 [n, classes]"""
         answers = self._graph(images, dict(zip(self.names, self.weights, strict=True)))
         return dict(zip(self._graph.outputs, answers, strict=True))[contract.LOGITS]
+
+
+def _before_penultimate(graph: TorchGraph) -> list[Step]:
+    """The nodes that the penultimate activations depend on, in order."""
+    needed, found = {contract.PENULTIMATE}, list[Step]()
+    for step in reversed(graph.steps):
+        if needed.intersection(step.outputs):
+            needed.update(step.inputs)
+            found.append(step)
+    return found[::-1]
 
 
 def worst_changes(copy: nn.Module, images: Tensor, wanted: Tensor, sizes: Tensor) -> Tensor:
@@ -88,7 +100,8 @@ def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
 
 
 def loss_of(copy: nn.Module, classify: Classify, eps: float, images: Tensor) -> Tensor:
-    """What the copy's answers differ by from the classifier's: on half of the images as they are, and on half changed for the worst."""
+    """What the copy's answers differ by from the classifier's to the same images, each moved and mirrored at random: on half of them as
+    they then are, and on the other half changed for the worst."""
     images = moved(images)
     with torch.no_grad():
         wanted = classify(images)[contract.LOGITS].softmax(dim=1)
@@ -100,14 +113,12 @@ def loss_of(copy: nn.Module, classify: Classify, eps: float, images: Tensor) -> 
     return divergence(answers[:half], wanted[:half]) + calm
 
 
-def harden(spec: HardenedSpec, classifier: Path, images: Images, clean: Images, seed: int, folder: Path) -> None:
-    """Train a classifier stage's hardened copy, and write it and how it compares.
+def train_copy(spec: HardenedSpec, classifier: Path, images: Images, seed: int, folder: Path) -> None:
+    """Train a classifier stage's hardened copy and write its weights into ``folder``.
 
     Args:
         classifier: folder with ``model.onnx``, in fp32
-        images: to train on; their labels are not looked at
-        clean: others, to compare on
-        folder: gets ``model.onnx``, and ``hardened.json`` with the share of clean images to which the copy gives the classifier's label
+        images: to train on, moved and mirrored; their labels are not looked at
 
     Raises:
         NoisecError: the graph cannot be trained.
@@ -116,11 +127,31 @@ def harden(spec: HardenedSpec, classifier: Path, images: Images, clean: Images, 
     copy, classify = Copy(classifier), TorchGraph(classifier / "model.onnx", DEVICE.type).named
     schedule = Schedule(spec.epochs, spec.batch_size, spec.learning_rate)
     optimise(copy, images, lambda batch, labels: loss_of(copy, classify, spec.eps, batch), schedule, folder, "hardening classifier")
-    load_network(copy, folder)
-    weights = {name: weight.detach().cpu().numpy() for name, weight in zip(copy.names, copy.weights, strict=True)}
-    save_model(with_weights(read_model(classifier / "model.onnx"), weights), folder)
-    label = partial(_labels, images=clean[:SAMPLE])
-    agreement = float(np.mean(label(classifier) == label(folder)))
+
+
+def export_copy(spec: HardenedSpec, classifier: Path, weights: Path, clean: Images, folder: Path) -> None:
+    """Write a trained copy as a stage, and how it compares.
+
+    Args:
+        classifier: folder with ``model.onnx``
+        weights: folder of :func:`train_copy`
+        clean: images that it was not trained on, to compare with the classifier on
+        folder: gets ``model.onnx``, and ``hardened.json`` with the share of clean images to which the copy gives the classifier's label
+
+    Raises:
+        NoisecError: the copy has come to say something else than the classifier.
+    """
+    copy = Copy(classifier)
+    load_network(copy, weights)
+    arrays = {name: weight.detach().cpu().numpy() for name, weight in zip(copy.names, copy.weights, strict=True)}
+    save_model(with_weights(read_model(classifier / "model.onnx"), arrays), folder)
+    agreement = float(np.mean(_labels(classifier, clean[:SAMPLE]) == _labels(folder, clean[:SAMPLE])))
+    finite = all(np.isfinite(array).all() for array in arrays.values())
+    if not finite or agreement < LEAST_AGREEMENT:
+        raise NoisecError(
+            f"hardened copy: the classifier's label for {100 * agreement:.1f} % of clean images, {100 * LEAST_AGREEMENT:.0f} % are the "
+            f"least{'' if finite else ', and weights that are not finite'}: lower hardened.eps or learning_rate, or give more epochs"
+        )
     console.print(f"  hardened copy: the classifier's label for {100 * agreement:.1f} % of clean images")
     (folder / HARDENED).write_text(json.dumps({"eps": spec.eps, "epochs": spec.epochs, "agreement": agreement}))
 
@@ -131,18 +162,24 @@ def _labels(stage: Path, images: Images) -> npt.NDArray[np.int64]:
 
 
 def with_weights(model: ModelProto, weights: dict[str, Floats]) -> ModelProto:
-    """The same graph with other weights, by name, where an initializer or a Constant held the old ones."""
+    """The same graph with other weights, by name, where an initializer or a Constant held the old ones.
+
+    Raises:
+        NoisecError: the graph has no weights of such a name.
+    """
+    left = dict(weights)
     result = ModelProto()
     result.CopyFrom(model)
     del result.graph.initializer[:], result.graph.node[:]
-    result.graph.initializer.extend(_tensor(weights, tensor) for tensor in model.graph.initializer)
+    for tensor in model.graph.initializer:
+        new = left.pop(tensor.name, None)
+        result.graph.initializer.append(tensor if new is None else numpy_helper.from_array(new, tensor.name))
     for node in model.graph.node:
-        if node.op_type == "Constant" and node.output[0] in weights:
-            result.graph.initializer.append(numpy_helper.from_array(weights[node.output[0]], node.output[0]))
-        else:
+        new = left.pop(node.output[0], None) if node.op_type == "Constant" else None
+        if new is None:
             result.graph.node.append(node)
+        else:
+            result.graph.initializer.append(numpy_helper.from_array(new, node.output[0]))
+    if left:
+        raise NoisecError(f"the classifier's graph holds no weights {', '.join(left)}: {REMEDY}")
     return result
-
-
-def _tensor(weights: dict[str, Floats], tensor: TensorProto) -> TensorProto:
-    return numpy_helper.from_array(weights[tensor.name], tensor.name) if tensor.name in weights else tensor

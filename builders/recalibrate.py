@@ -76,9 +76,8 @@ def recalibrate_with(infer: Infer, repository: Path, guard: str, work: Path, ask
     audited = said(Evidence.of(old["audit"]), names) if old.get("audit") else ""
     write_repository(repository, new, widths, names, stages, scorer, read_plans(repository, guard))
     write_card(repository, new, old["classifier"], widths, figures, table, audited)
-    kept: dict[str, Any] = {
-        key: old[key] for key in ("versions", "export_difference", "classifier", "attacked", "audit", "compiled") if key in old
-    }
+    described = ("versions", "export_difference", "amplified", "hardened", "classifier", "attacked", "audit", "compiled")
+    kept: dict[str, Any] = {key: old[key] for key in described if key in old}
     content: dict[str, Any] = {
         **kept,
         "spec": json.loads(new.model_dump_json()),

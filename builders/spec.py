@@ -191,11 +191,11 @@ class DetectorSpec(Section):
         "dissent",
     ] = "mixture"
     """``mixture``: Gaussian mixture, as published; ``class-gaussian``: Mahalanobis distance from the predicted class; ``logit-gaussian``:
-    the same of the change in logits from reconstruction to image; ``divergence``: Jensen-Shannon divergence of these two answers;
-    ``density``: kernel density under the predicted class; ``dimension``: local intrinsic dimensionality; ``mutation``: sensitivity to
-    mutants of the last layer; ``reconstruction-error``: root mean square of the noise itself; ``confidence``: how sure of its label the
-    classifier stays while its last layers are amplified, as it does of a trigger's; ``dissent``: how far the hardened copy prefers another
-    label"""
+    the same of the change in logits from reconstruction, or hardened copy's, to the image's own; ``divergence``: Jensen-Shannon divergence
+    of these two answers; ``density``: kernel density under the predicted class; ``dimension``: local intrinsic dimensionality;
+    ``mutation``: sensitivity to mutants of the last layer; ``reconstruction-error``: root mean square of the noise itself;
+    ``confidence``: how sure of its label the classifier stays while its last layers are amplified, as it does of a trigger's; ``dissent``:
+    how far the hardened copy prefers another label"""
     view: View
     """``pixels``: n; ``noise``: F(n), as published; ``delta``: F(x) - F(A(x)); ``image``: F(x); ``amplified``: F'(x) and F''(x) of
     the classifier amplified to two depths, which together take more than one classifier pass and less than two; ``hardened``: F(x) - H(x),

@@ -114,7 +114,8 @@ def moved(images: Tensor) -> Tensor:
     padded = nn.functional.pad(images, (SHIFT, SHIFT, SHIFT, SHIFT))
     corners = torch.randint(2 * SHIFT + 1, (count, 2)).tolist()
     cut = torch.stack([one[:, top : top + height, left : left + width] for one, (top, left) in zip(padded, corners, strict=True)])
-    return torch.where((torch.rand(count, 1, 1, 1) < 0.5).to(images.device), cut.flip(-1), cut)
+    mirrored = torch.where((torch.rand(count, 1, 1, 1) < 0.5).to(images.device), cut.flip(-1), cut)
+    return mirrored.contiguous(memory_format=LAYOUT)
 
 
 def train_classifier(spec: ClassifierSpec, images: Images, classes: int, seed: int, folder: Path) -> None:

@@ -179,4 +179,4 @@ def test_a_ladder_of_attackers_is_part_of_it(subject, work):
 
 def test_every_pass_is_run_whatever_the_guards_own_detectors_need(subject, pixels):
     tensors = subject.tensors(pixels, len(pixels))
-    assert {name for one, name in contract.PASSES.items() if one not in contract.AMPLIFIED} <= set(tensors)
+    assert {name for one, name in contract.PASSES.items() if one not in contract.COPIES} <= set(tensors)

@@ -12,9 +12,8 @@ from conftest import GUARD, REPOSITORY
 from pydantic import ValidationError
 
 from noisec import contract
-from noisec.builders.hardened import HARDENED, Copy, harden, loss_of, with_weights, worst_changes
+from noisec.builders.hardened import HARDENED, Copy, export_copy, loss_of, train_copy, with_weights, worst_changes
 from noisec.builders.head import read_head
-from noisec.builders.sources import fashion_mnist
 from noisec.builders.spec import DetectorSpec, GuardSpec, HardenedSpec, changed
 from noisec.builders.stages import in_process
 from noisec.builders.torchgraph import TorchGraph
@@ -28,10 +27,10 @@ STAGE = REPOSITORY / f"{GUARD}_classifier" / "1"
 
 @pytest.fixture(scope="module")
 def folder(report, tmp_path_factory):
-    found = tmp_path_factory.mktemp("hardened")
-    harden(
-        HardenedSpec(eps=EPS, epochs=2, batch_size=32, learning_rate=4e-3), STAGE, fashion_mnist.load("t10k")[:2500], report[:300], 0, found
-    )
+    spec = HardenedSpec(eps=EPS, epochs=2, batch_size=32, learning_rate=2e-3)
+    weights, found = tmp_path_factory.mktemp("weights"), tmp_path_factory.mktemp("hardened")
+    train_copy(spec, STAGE, report[500:3000], 0, weights)
+    export_copy(spec, STAGE, weights, report[:300], found)
     return found
 
 
@@ -101,6 +100,17 @@ def test_weights_are_replaced_wherever_the_graph_holds_them():
     onnx.checker.check_model(found)
     assert open_session(found.SerializeToString()).run(None, {})[0].tolist() == [10, 10]
     assert [len(part) for part in (model.graph.node, model.graph.initializer)] == [2, 1], "the original is as it was"
+    with pytest.raises(NoisecError, match="no weights third"):
+        with_weights(model, {"third": np.ones(2, np.float32)})
+
+
+@pytest.mark.parametrize(("value", "message"), [(np.nan, "weights that are not finite"), (0.0, r"for \d+\.\d % of clean images, 50 % are")])
+def test_a_copy_that_says_something_else_is_refused(tmp_path, report, value, message):
+    copy = Copy(STAGE)
+    torch.save({name: torch.full_like(weight, value) for name, weight in copy.state_dict().items()}, tmp_path / "weights.pt")
+    with pytest.raises(NoisecError, match=message):
+        export_copy(HardenedSpec(eps=EPS), STAGE, tmp_path, report[:100], tmp_path)
+    assert not (tmp_path / HARDENED).exists()
 
 
 def test_a_classifier_of_one_layer_has_nothing_to_harden(tmp_path):
@@ -112,7 +122,11 @@ def test_a_classifier_of_one_layer_has_nothing_to_harden(tmp_path):
     image, logits = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in ends.items())
     weights = onnx.numpy_helper.from_array(np.ones((784, 10), np.float32), "weights")
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "one layer", [image], [logits], [weights])), tmp_path / "model.onnx")
-    with pytest.raises(NoisecError, match="no layer before the classifier's last one .* leave detectors with view 'hardened' out"):
+    with pytest.raises(NoisecError, match="no float32 weights before its penultimate .* leave detectors with view 'hardened' out"):
+        Copy(tmp_path)
+    nodes.insert(0, onnx.helper.make_node("Mish", [contract.IMAGE], ["odd"]))
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "odd", [image], [logits], [weights])), tmp_path / "model.onnx")
+    with pytest.raises(NoisecError, match="cannot be hardened; leave detectors with view 'hardened' out: .*Mish cannot run"):
         Copy(tmp_path)
 
 

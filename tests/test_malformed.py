@@ -59,12 +59,12 @@ SPECS = {
     ),
     "unknown view": (
         lambda text: text.replace('view = "delta"', 'view = "logits"'),
-        "detectors.1.view: Input should be 'pixels', 'noise', 'delta', 'image' or 'amplified'",
+        "detectors.1.view: Input should be 'pixels', 'noise', 'delta', 'image', 'amplified' or 'hardened'",
     ),
     "a detector twice": (lambda text: text.replace('view = "image"', 'view = "noise"'), r"listed twice: \['noise-class-gaussian'\]"),
     "a view that does not fit": (
         lambda text: text.replace('view = "delta"', 'view = "noise"'),
-        "a detector of kind 'divergence' has view 'delta'; view is 'noise'",
+        "a detector of kind 'divergence' has view 'delta' or 'hardened'; view is 'noise'",
     ),
     "no detectors": (lambda text: "detectors = []\n" + text.split("[[detectors]]")[0], "detectors: Tuple should have at least 1 item"),
     "no levels": (

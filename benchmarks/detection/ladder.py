@@ -21,7 +21,7 @@ from torch import Tensor
 from noisec import contract
 from noisec.benchmarks.detection.subject import Subject
 from noisec.benchmarks.detection.torchscore import Whole, compose
-from noisec.builders.build import build_autoencoder
+from noisec.builders.build import build_autoencoder, build_denoiser
 from noisec.builders.calibrate import NO_HEAD, fit_scorer
 from noisec.builders.images import Floats, Images, Splits, in_batches
 from noisec.builders.progress import tracked
@@ -299,8 +299,8 @@ class Surrogate(NamedTuple):
 
 
 def gray_box(subject: Subject, work: Path, seed: int, epochs: int, device: str = "cpu") -> Surrogate:
-    """An attacker who knows method, specification and classifier, but not the guard: same kind of denoiser, other seed, a random half of
-    the training images; the scorer fitted and calibrated on images that the defender's detectors were not fitted on.
+    """An attacker who knows method, specification and classifier, but not the guard: same kind of denoiser and copies, other seed, a random
+    half of the training images; the scorer fitted and calibrated on images that the defender's detectors were not fitted on.
 
     Args:
         work: folder for finished steps
@@ -309,7 +309,8 @@ def gray_box(subject: Subject, work: Path, seed: int, epochs: int, device: str =
     """
     bench = Workbench(work)
     spec, splits = surrogate_spec(subject, seed, epochs), surrogate_splits(subject, seed)
-    stages = {"autoencoder": second_denoiser(subject, work, seed, epochs), "classifier": subject.stages["classifier"]}
+    classifier = subject.stages["classifier"]
+    stages = {"autoencoder": build_autoencoder(spec, splits, bench, classifier), "classifier": classifier}
 
     def fit(folder: Path) -> None:
         run = StageRunner(in_process(stages), passes_needed(spec), spec.noise_source)
@@ -321,18 +322,17 @@ def gray_box(subject: Subject, work: Path, seed: int, epochs: int, device: str =
 
 
 def second_denoiser(subject: Subject, work: Path, seed: int, epochs: int) -> Path:
-    """Folder with another autoencoder stage of the guard's kind: other seed, a random half of the training images."""
+    """Folder with another autoencoder stage of the guard's kind, without copies: other seed, a random half of the training images."""
     spec, splits = surrogate_spec(subject, seed, epochs), surrogate_splits(subject, seed)
-    return build_autoencoder(spec, splits, Workbench(work), subject.stages["classifier"])
+    return build_denoiser(spec, splits, Workbench(work), subject.stages["classifier"])
 
 
 def surrogate_spec(subject: Subject, seed: int, epochs: int) -> GuardSpec:
     """The guard's specification with another seed and as many noise levels as the attacker's images allow."""
     spec = subject.spec
     levels = max(1, min(spec.noise_levels, len(subject.splits.calibrate) // 2 // ROWS_A_LEVEL))
-    trained = {"autoencoder": spec.autoencoder, **({"hardened": spec.hardened} if spec.hardened else {})}
-    shortened = {name: section.model_copy(update={"epochs": epochs}) for name, section in trained.items()}
-    return spec.model_copy(update={"seed": seed, "noise_levels": levels, **shortened})
+    autoencoder = spec.autoencoder.model_copy(update={"epochs": epochs})
+    return spec.model_copy(update={"seed": seed, "autoencoder": autoencoder, "noise_levels": levels})
 
 
 def surrogate_splits(subject: Subject, seed: int) -> Splits:

@@ -29,7 +29,7 @@ from noisec.benchmarks.detection.panel import (
     leaked,
     panel,
 )
-from noisec.benchmarks.detection.poisoned import GUIDED_EPOCHS, poisoned_guard
+from noisec.benchmarks.detection.poisoned import GUIDED_EPOCHS, HARDENED_EPOCHS, poisoned_guard
 from noisec.benchmarks.detection.report import write_results
 from noisec.benchmarks.detection.subject import Subject
 from noisec.benchmarks.detection.surrogate import surrogate
@@ -443,7 +443,8 @@ def run_benchmark(subject: Subject, plan: Plan, work: Path, out: Path, seed: int
         "fit": len(subject.splits.fit),
         "calibrate": len(subject.splits.calibrate),
         "backdoored classifiers": f"the guard's own, trained on for {plan.sizes.poisoned_epochs} epochs with {plan.sizes.poisoned} images, "
-        f"a part of them poisoned; a guided denoiser is trained anew for each, for {GUIDED_EPOCHS} epoch",
+        f"a part of them poisoned; a guided denoiser is trained anew for each, for {GUIDED_EPOCHS} epoch, and a hardened copy for at most "
+        f"{HARDENED_EPOCHS}",
     }
     write_results(cells, benchmark.scores, facts, out)
     console.print(f"{out}: {len(cells)} cells")

@@ -31,8 +31,8 @@ class Guard:
     """A guard in the ``single`` layout.
 
     Args:
-        directory: with ``scorer.npz``, and ``model.onnx`` in ``autoencoder``, ``classifier`` and, where the guard makes amplified passes,
-            ``image``
+        directory: with ``scorer.npz``, and ``model.onnx`` in ``autoencoder``, ``classifier`` and, where the guard asks copies of the
+            classifier, ``image``
         release: its number
         threads: compute threads of each session; 0 takes every core
 
@@ -45,8 +45,8 @@ class Guard:
         self.memory = self.scorer.new_memory()
         self._classifier = open_session(directory / "classifier" / "model.onnx", threads)
         self._autoencoder = open_session(directory / "autoencoder" / "model.onnx", threads)
-        loud = directory / "image" / "model.onnx"
-        self._image = open_session(loud, threads) if loud.is_file() else self._classifier
+        copies = directory / "image" / "model.onnx"
+        self._image = open_session(copies, threads) if copies.is_file() else self._classifier
         made = {output.name for output in self._autoencoder.get_outputs()}
         self._made = [name for name in self.scorer.inputs if name in made]
         self._of_image = [output.name for output in self._image.get_outputs()]

@@ -45,8 +45,8 @@ class View:
     """Rows as one detector sees them."""
 
     activations: tuple[Floats, ...]
-    """one or two of [n, d]: one is taken as it is, of two the second is subtracted from the first, but where they are two classifiers'; or
-    the noise level alone, [n, 1]"""
+    """one or two of [n, d]: one is taken as it is, of two the second is subtracted from the first, but where both are amplified; or the
+    noise level alone, [n, 1]"""
     labels: Integers
     """[n], the class that the classifier gives the image"""
     head: Head
@@ -62,7 +62,7 @@ class View:
 
     @property
     def vectors(self) -> Floats:
-        """float32 [n, d]: F(n), F(x), or the noise measured in feature space, dF = F(x) - F(A(x))."""
+        """float32 [n, d]: F(n), F(x), the noise measured in feature space, dF = F(x) - F(A(x)), or F(x) - H(x) of a hardened copy H."""
         first, *rest = self.activations
         return first - rest[0] if rest else first
 
@@ -121,7 +121,8 @@ class ClassGaussian:
 
 @dataclass(frozen=True)
 class LogitGaussian(ClassGaussian):
-    """The same of the logits' change from reconstruction to image: of all that the noise does to the features, what moves the answer."""
+    """The same of the logits' change from reconstruction to image: of all that the noise does to the features, what moves the answer; or
+    from the hardened copy's logits to the classifier's."""
 
     @staticmethod
     def vectors(view: View) -> Floats:
@@ -132,7 +133,8 @@ class LogitGaussian(ClassGaussian):
 
 @dataclass(frozen=True)
 class Divergence:
-    """Jensen-Shannon divergence of the classifier's answers to the image and to its reconstruction (MagNet, section 4.2)."""
+    """Jensen-Shannon divergence of the classifier's answers to the image and to its reconstruction (MagNet, section 4.2), or of its own and
+    its hardened copy's."""
 
     temperature: Floats
     """[]; both logits are divided by it"""
@@ -251,7 +253,7 @@ class Confidence:
 @dataclass(frozen=True)
 class Dissent:
     """How far a hardened copy of the classifier prefers another label: small changes that lead the classifier astray lead it less (decision
-    mismatch of two models, Monteiro et al. 2019, arXiv 1802.07770)."""
+    mismatch of two models, Monteiro et al. 2018, arXiv 1802.07770)."""
 
     def score(self, view: View) -> Floats:
         """The copy's largest other logit minus the label's."""
@@ -316,4 +318,4 @@ WITH_HEAD = frozenset({"class-gaussian", "logit-gaussian", "divergence", "densit
 APART = "confidence"
 """kind whose detectors' evidence adds nothing to the others': what they find looks natural otherwise"""
 INDEPENDENT = "dissent"
-"""kind whose detectors ask another network than the others: their evidence counts as much as all of the others' together"""
+"""kind whose evidence is another network's own word: it counts as much as all of the others' together"""
