@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
+from contextlib import redirect_stderr, redirect_stdout
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -20,6 +20,7 @@ from noisec.builders.audit.evidence import Evidence
 from noisec.builders.audit.guard import audit_problems, said
 from noisec.builders.export import export_plain
 from noisec.builders.protect import load_module
+from noisec.cli import main
 
 GUARD = """
 name = "audited"
@@ -45,10 +46,24 @@ view = "image"
 """
 
 
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
 def run(*arguments, cwd):
-    """The command in this folder's company, where the classifier's factory lies."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    return subprocess.run([sys.executable, "-m", "noisec", *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True)
+    """The command, as if typed in this folder."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["noisec", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    code = ended.value.code or 0
+    return Ended(code, out.getvalue(), err.getvalue()) if isinstance(code, int) else Ended(1, out.getvalue(), err.getvalue() + code)
 
 
 @pytest.fixture(scope="module")
