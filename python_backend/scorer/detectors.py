@@ -241,10 +241,7 @@ class Confidence:
 
     def score(self, view: View) -> Floats:
         """Logit of the label's probability, which unlike the probability never reaches its bound, on average over the classifiers."""
-        others = np.stack(view.logits())
-        rows = np.arange(len(view.labels))
-        label = others[:, rows, view.labels]
-        others[:, rows, view.labels] = -np.inf
+        label, others = parted(np.stack(view.logits()), view.labels)
         peak = others.max(axis=2)
         result: Floats = (label - peak - np.log(np.exp(others - peak[..., None]).sum(axis=2))).mean(axis=0)
         return result
@@ -256,13 +253,18 @@ class Dissent:
     mismatch of two models, Monteiro et al. 2018, arXiv 1802.07770)."""
 
     def score(self, view: View) -> Floats:
-        """The copy's largest other logit minus the label's."""
-        logits = view.logits()[1].copy()
-        rows = np.arange(len(view.labels))
-        label = logits[rows, view.labels]
-        logits[rows, view.labels] = -np.inf
-        result: Floats = logits.max(axis=1) - label
+        """The copy's largest other logit minus the label's: above 0 where it gives another label."""
+        label, others = parted(view.logits()[1], view.labels)
+        result: Floats = others.max(axis=1) - label
         return result
+
+
+def parted(logits: Floats, labels: Integers) -> tuple[Floats, Floats]:
+    """The labels' logits [..., n] of [..., n, C], and the others', with minus infinity in the labels' places: [..., n, C]."""
+    rows = np.arange(len(labels))
+    others = logits.copy()
+    others[..., rows, labels] = -np.inf
+    return logits[..., rows, labels], others
 
 
 def softmax(logits: Floats) -> Floats:
