@@ -20,7 +20,6 @@ from noisec.builders.figures import percent
 from noisec.builders.images import Floats, Images, Splits
 from noisec.builders.spec import DetectorSpec, GuardSpec, MemorySpec
 from noisec.errors import NoisecError
-from noisec.python_backend.scorer.detectors import View
 
 EPS = 0.05
 VIEWS = {"mixture": "noise", "class-gaussian": "image", "density": "noise", "dimension": "image", "mutation": "image"}
@@ -95,8 +94,7 @@ def test_every_statistic_is_that_of_the_scorer(subject, answers, kind):
     assert expected.std() > 0.1
     certain = np.ones(len(expected), np.bool_)
     if kind == "divergence":
-        view = View(tuple(tensors[name] for name in scorer.detectors[0].inputs), scorer.labels(tensors), scorer.head)
-        certain = scorer.detectors[0].statistics[0].score(view) > ROUNDING
+        certain = scorer.detectors[0].statistics[0].score(scorer.views(tensors)[0]) > ROUNDING
         assert certain.sum() > 64
     np.testing.assert_allclose(TorchScorer(scorer)(in_torch(tensors)).numpy()[certain], expected[certain], rtol=1e-3, atol=1e-3)
 

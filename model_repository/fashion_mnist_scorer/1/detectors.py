@@ -6,7 +6,7 @@ Gaussian components, ``M`` of mutants and ``m`` of reference points. Every stati
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
 from typing import Protocol
@@ -30,12 +30,12 @@ class Head:
     """[], whether a ReLU comes first: the penultimate activations are then those before it"""
 
     def inputs(self, activations: Floats) -> Floats:
-        """What the last layer reads: float32 [n, d] from float32 [n, d]."""
+        """What the last layer reads: float32 [..., d] from float32 [..., d]."""
         rectified: Floats = np.maximum(activations, 0) if self.rectified else activations
         return rectified
 
     def logits(self, activations: Floats) -> Floats:
-        """float32 [n, C] from float32 [n, d]"""
+        """float32 [..., C] from float32 [..., d]"""
         result: Floats = self.inputs(activations) @ self.weights + self.bias
         return result
 
@@ -50,15 +50,12 @@ class View:
     labels: Integers
     """[n], the class that the classifier gives the image"""
     head: Head
-    known: dict[int, Floats] = field(default_factory=dict)
-    """logits of activations, by their identity: views of the same rows share them"""
+    answers: tuple[Floats, ...] = ()
+    """logits of each of the activations, [n, C], where they are known already"""
 
-    def logits(self) -> list[Floats]:
+    def logits(self) -> tuple[Floats, ...]:
         """What the head makes of each of the activations: float32 [n, C] each."""
-        for part in self.activations:
-            if id(part) not in self.known:
-                self.known[id(part)] = self.head.logits(part)
-        return [self.known[id(part)] for part in self.activations]
+        return self.answers or tuple(map(self.head.logits, self.activations))
 
     @property
     def vectors(self) -> Floats:
@@ -66,8 +63,9 @@ class View:
         first, *rest = self.activations
         return first - rest[0] if rest else first
 
-    def __getitem__(self, rows: npt.NDArray[np.bool_]) -> View:
-        return View(tuple(part[rows] for part in self.activations), self.labels[rows], self.head)
+    def __getitem__(self, rows: npt.NDArray[np.bool_] | slice) -> View:
+        activations, answers = (tuple(part[rows] for part in parts) for parts in (self.activations, self.answers))
+        return View(activations, self.labels[rows], self.head, answers)
 
 
 class Statistic(Protocol):
@@ -156,21 +154,27 @@ class KernelDensity:
     """[], the kernels' standard deviation"""
 
     def score(self, view: View) -> Floats:
-        """In nats, up to a constant."""
-        vectors, labels = view.vectors, view.labels
-        products = np.empty((len(vectors), self.points.shape[1]), np.float32)
+        """In nats, up to a constant. Of ``|v - p|^2 = |v|^2 - 2 v.p + |p|^2`` the first term is the same for every point."""
+        vectors, labels = view.vectors / self.bandwidth, view.labels
+        exponents = np.empty((len(vectors), self.points.shape[1]), np.float32)
         for label in set(labels.tolist()):
             rows = np.flatnonzero(labels == label)
-            products[rows] = vectors[rows] @ self.points[label].T
-        exponents = -_squared(vectors, products, self._squares[labels]) / (2 * self.bandwidth**2)
+            exponents[rows] = vectors[rows] @ self._points[label].T
+        exponents -= self._halves[labels]
         peak = exponents.max(axis=1)
-        result: Floats = -(peak + np.log(np.exp(exponents - peak[:, None]).mean(axis=1)))
+        result: Floats = squared_lengths(vectors) / 2 - peak - np.log(np.exp(exponents - peak[:, None]).mean(axis=1))
         return result
 
     @cached_property
-    def _squares(self) -> Floats:
-        """[C, m], the points' squared lengths"""
-        return squared_lengths(self.points)
+    def _points(self) -> Floats:
+        """[C, m, d], in units of the bandwidth"""
+        points: Floats = self.points / self.bandwidth
+        return points
+
+    @cached_property
+    def _halves(self) -> Floats:
+        """[C, m], half of their squared lengths"""
+        return squared_lengths(self._points) / 2
 
 
 @dataclass(frozen=True)
@@ -289,14 +293,8 @@ def squared_lengths(vectors: Floats) -> Floats:
 
 def squared_distances(vectors: Floats, points: Floats) -> Floats:
     """float32 [n, m] from float32 [n, d] and [m, d]"""
-    return _squared(vectors, vectors @ points.T, squared_lengths(points))
-
-
-def _squared(vectors: Floats, products: Floats, squares: Floats) -> Floats:
-    """Squared distances float32 [n, m] of vectors [n, d] from points, of which the inner products [n, m] and the squared lengths,
-    [m] or [n, m], are known."""
     # A NaN must stay one: np.maximum keeps it.
-    result: Floats = np.maximum(squared_lengths(vectors)[:, None] - 2 * products + squares, 0)
+    result: Floats = np.maximum(squared_lengths(vectors)[:, None] - 2 * (vectors @ points.T) + squared_lengths(points), 0)
     return result
 
 
@@ -317,6 +315,8 @@ STATISTICS: MappingProxyType[str, type] = MappingProxyType(
 """kind of a detector -> its statistic"""
 WITH_HEAD = frozenset({"class-gaussian", "logit-gaussian", "divergence", "density", "mutation", "confidence", "dissent"})
 """kinds that need the predicted class, and so the image's activations and the classifier's head"""
+OF_LOGITS = frozenset({"logit-gaussian", "divergence", "confidence", "dissent"})
+"""kinds that need the logits of all their activations"""
 APART = "confidence"
 """kind whose detectors' evidence adds nothing to the others': what they find looks natural otherwise"""
 INDEPENDENT = "dissent"

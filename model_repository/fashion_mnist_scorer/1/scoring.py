@@ -6,7 +6,7 @@ NumPy only, because that is what a stock Triton container has. Arrays go in and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from .detectors import APART, INDEPENDENT, STATISTICS, WITH_HEAD, Floats, Head, Integers, Statistic, View
+from .detectors import APART, INDEPENDENT, OF_LOGITS, STATISTICS, WITH_HEAD, Floats, Head, Integers, Statistic, View
 from .memory import Memory, Repeats
 
 NOISE_LEVEL = "NOISE_LEVEL"
@@ -105,9 +105,22 @@ class Detector:
     scales: tuple[TailScale, ...]
     """[L]"""
 
-    def score(self, view: View, level: int) -> Floats:
-        """Surprisal among natural inputs of the same noise level: float32 [n] in nats, NaN where the activations are not finite."""
-        return self.scales[level](self.statistics[level].score(view))
+    def raw(self, view: View, starts: Sequence[int]) -> Floats:
+        """The statistic of rows that are sorted by noise level: float32 [n].
+
+        Args:
+            starts: [L + 1], where each level's rows start, and the number of rows
+        """
+        present = [level for level in range(len(self.statistics)) if starts[level] < starts[level + 1]]
+        if self.alike or len(present) == 1:
+            return self.statistics[present[0]].score(view)
+        return np.concatenate([self.statistics[level].score(view[starts[level] : starts[level + 1]]) for level in present])
+
+    @cached_property
+    def alike(self) -> bool:
+        """Whether the statistic is the same at every noise level, as one that nothing was fitted for."""
+        first, *others = (_arrays(statistic) for statistic in self.statistics)
+        return all(np.array_equal(first[name], other[name]) for other in others for name in first)
 
 
 @dataclass(frozen=True)
@@ -211,28 +224,43 @@ class Scorer:
 
     def _raw(self, tensors: Mapping[str, Floats], levels: Integers) -> Floats:
         """Every detector's statistic, each row's of its own noise level: float32 [number of detectors, n]."""
-        present = np.flatnonzero(np.bincount(levels))
-        if len(present) == 1:
-            return self._raw_of_level(tensors, int(present[0]))
+        counts = np.bincount(levels, minlength=len(self.edges) + 1)
+        mixed = counts.max() < len(levels)
+        order = np.argsort(levels, kind="stable") if mixed else slice(None)
+        rows = {name: tensors[name][order] for name in self.inputs}
+        starts = [0, *counts.cumsum().tolist()]
         raw = np.empty((len(self.detectors), len(levels)), np.float32)
-        for level in present:
-            rows = np.flatnonzero(levels == level)
-            raw[:, rows] = self._raw_of_level({name: tensors[name][rows] for name in self.inputs}, level)
+        raw[:, order] = [detector.raw(view, starts) for detector, view in zip(self.detectors, self.views(rows), strict=True)]
         return raw
 
-    def _raw_of_level(self, tensors: Mapping[str, Floats], level: int) -> Floats:
-        """Every detector's statistic of rows of one noise level: [number of detectors, n]."""
-        labels, known = self.labels(tensors), dict[int, Floats]()
-        views = [View(tuple(tensors[name] for name in detector.inputs), labels, self.head, known) for detector in self.detectors]
-        raw = [detector.statistics[level].score(view) for detector, view in zip(self.detectors, views, strict=True)]
-        return np.array(raw, np.float32)
+    def views(self, tensors: Mapping[str, Floats]) -> list[View]:
+        """What each detector looks at.
 
-    def labels(self, tensors: Mapping[str, Floats]) -> Integers:
-        """The predicted classes, int [n]; zeros where no detector asks for them."""
-        if not self.needs_head:
-            return np.zeros(len(tensors[NOISE_LEVEL]), np.intp)
-        labels: Integers = self.head.logits(tensors[IMAGE_PENULTIMATE]).argmax(axis=1)
-        return labels
+        Args:
+            tensors: as for :meth:`score`
+        """
+        answers = self._answers(tensors)
+        labels = answers[IMAGE_PENULTIMATE].argmax(axis=1) if answers else np.zeros(len(tensors[NOISE_LEVEL]), np.intp)
+
+        def parts(detector: Detector, of: Mapping[str, Floats]) -> tuple[Floats, ...]:
+            return tuple(of[name] for name in detector.inputs)
+
+        return [
+            View(parts(one, tensors), labels, self.head, parts(one, answers) if one.kind in OF_LOGITS else ()) for one in self.detectors
+        ]
+
+    def _answers(self, tensors: Mapping[str, Floats]) -> dict[str, Floats]:
+        """What the head makes of the activations that are asked for, all of them at once: name -> float32 [n, C]."""
+        if not self._answered:
+            return {}
+        logits = self.head.logits(np.stack([tensors[name] for name in self._answered]))
+        return dict(zip(self._answered, logits, strict=True))
+
+    @cached_property
+    def _answered(self) -> tuple[str, ...]:
+        """Names of the activations whose logits are asked for; the image's give the predicted class."""
+        asked = (name for detector in self.detectors if detector.kind in OF_LOGITS for name in detector.inputs)
+        return tuple(dict.fromkeys([IMAGE_PENULTIMATE, *asked])) if self.needs_head else ()
 
     def score(self, tensors: Mapping[str, Floats]) -> Floats:
         """The fused score: the sum of the detectors' surprisals (Fisher's method on their p-values, none above 1), or the largest of them
@@ -250,6 +278,8 @@ class Scorer:
         if self.fusion == "tippett" or len(each) == 1:
             largest: Floats = each.max(axis=0)
             return largest
+        if self.in_sum.all():
+            return summed(each)
         rivals = [*each[self.apart]]
         if self.in_sum.any():
             total = summed(each[self.in_sum])
