@@ -159,7 +159,7 @@ def hardened_classifier(spec: GuardSpec, splits: Splits, bench: Workbench, class
     """Folder with the classifier stage's hardened copy."""
     settings = spec.hardened
     assert settings is not None
-    inputs = {**training_inputs(spec, splits), "classifier": classifier.name, "hardened": settings.model_dump(mode="json")}
+    inputs = {**training_inputs(spec, splits), "classifier": classifier.name, "hardened": depended_on(settings)}
     weights = bench.step("hardened", inputs, lambda folder: train_copy(settings, classifier, splits.train, spec.seed, folder))
     export = partial(export_copy, settings, classifier, weights, splits.fit)
     return bench.step("hardened-stage", {"from": weights.name}, export)

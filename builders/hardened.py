@@ -27,7 +27,7 @@ from noisec.builders.progress import console
 from noisec.builders.spec import HardenedSpec
 from noisec.builders.stages import in_process
 from noisec.builders.torchgraph import Step, TorchGraph
-from noisec.builders.train import DEVICE, Classify, Schedule, load_network, moved, optimise
+from noisec.builders.train import DEVICE, Classify, Schedule, load_network, lowered, moved, optimise
 from noisec.errors import NoisecError
 
 LEARNING = ("Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization")
@@ -126,7 +126,11 @@ def train_copy(spec: HardenedSpec, classifier: Path, images: Images, seed: int, 
     torch.manual_seed(seed)
     copy, classify = Copy(classifier), TorchGraph(classifier / "model.onnx", DEVICE.type).named
     schedule = Schedule(spec.epochs, spec.batch_size, spec.learning_rate)
-    optimise(copy, images, lambda batch, labels: loss_of(copy, classify, spec.eps, batch), schedule, folder, "hardening classifier")
+
+    def loss(batch: Tensor, labels: Tensor) -> Tensor:
+        return loss_of(copy, classify, spec.eps, batch)
+
+    optimise(copy, images, lowered(loss) if spec.mixed_precision else loss, schedule, folder, "hardening classifier")
 
 
 def export_copy(spec: HardenedSpec, classifier: Path, weights: Path, clean: Images, folder: Path) -> None:

@@ -244,6 +244,8 @@ class HardenedSpec(Section):
     epochs: Positive = 4
     batch_size: Positive = 128
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    mixed_precision: bool = False
+    """train with bfloat16 convolutions, as for the classifier"""
 
 
 class MemorySpec(Section):
@@ -278,7 +280,7 @@ class EngineOptions(Section):
     """a plan that later TensorRT versions of the same major release load"""
 
 
-def depended_on(section: ClassifierSpec | AutoencoderSpec) -> dict[str, Any]:
+def depended_on(section: ClassifierSpec | AutoencoderSpec | HardenedSpec) -> dict[str, Any]:
     """What a training depends on, as the workbench keeps it: switches that are off are left out, so that a new one spoils nothing kept."""
     return {name: value for name, value in section.model_dump(mode="json").items() if value is not False}
 

@@ -17,7 +17,7 @@ from noisec.builders.head import read_head
 from noisec.builders.spec import DetectorSpec, GuardSpec, HardenedSpec, changed
 from noisec.builders.stages import in_process
 from noisec.builders.torchgraph import TorchGraph
-from noisec.builders.train import along_gradient
+from noisec.builders.train import along_gradient, load_network
 from noisec.errors import NoisecError
 from noisec.python_backend.scorer.session import open_session
 
@@ -82,6 +82,21 @@ def test_changes_are_the_worst_within_their_sizes(pixels):
     random = (images + sizes * torch.randn_like(images).sign()).clamp(0, 1)
     moved = [float((copy(other).argmax(dim=1) != wanted.argmax(dim=1)).float().mean()) for other in (found, random)]
     assert moved[0] > 3 * moved[1]
+
+
+def test_mixed_precision_learns_as_much(report, pixels, tmp_path):
+    images = torch.from_numpy(pixels)
+    classify, left = TorchGraph(STAGE / "model.onnx").named, {}
+    for mixed in (False, True):
+        train_copy(HardenedSpec(eps=EPS, epochs=1, batch_size=32, mixed_precision=mixed), STAGE, report[500:1000], 0, tmp_path)
+        copy = load_network(Copy(STAGE), tmp_path)
+        assert all(weight.dtype == torch.float32 for weight in copy.parameters())
+        torch.manual_seed(1)
+        left[mixed] = float(loss_of(copy, classify, EPS, images).detach())
+    torch.manual_seed(1)
+    before = float(loss_of(Copy(STAGE), classify, EPS, images).detach())
+    assert left[False] != left[True], "it made no difference: nothing ran in bfloat16"
+    assert left[True] < 1.2 * left[False] < before
 
 
 def test_one_image_alone_is_a_batch(pixels):
