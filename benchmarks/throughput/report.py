@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from noisec.benchmarks.throughput.plots import PLOTS, draw
 from noisec.benchmarks.throughput.rows import CLASSIFIER, GUARD, LABELS, MANY, Row, choose, middle, write_csv
-from noisec.benchmarks.throughput.summary import Summary, peer_figures, peer_names, read_summaries, write_summaries
+from noisec.benchmarks.throughput.summary import Summary, added_latency, peer_figures, peer_names, read_summaries, write_summaries
 from noisec.builders.figures import markdown_table
 
 if TYPE_CHECKING:
@@ -77,7 +77,11 @@ def goals(guard: str, result: Result, summary: Summary) -> list[tuple[str, str, 
             summary["single_image_over_limit"] >= single,
         ),
         ("labels alone: >= 97% of the bare classifier", f"{summary['label_only_over_bare']:.1%}", summary["label_only_over_bare"] >= 0.97),
-        ("one image, one client: <= 0.5 ms added", f"{summary['added_latency_ms']:.2f} ms", summary["added_latency_ms"] <= 0.5),
+        (
+            "one image, one client: <= 0.5 ms added",
+            f"{summary['added_latency_ms']:.2f} ms (the bare classifier: {added_latency(result.rows, CLASSIFIER):.2f} ms)",
+            summary["added_latency_ms"] <= 0.5,
+        ),
         ("half the load: p99 <= 3 x p50", f"{tail:.2f} x", tail <= 3),
     ]
     return found + _peer_goals(result.rows, summary) + _soak_goals(result)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from noisec.benchmarks.throughput.limit import Speed
 from noisec.benchmarks.throughput.load import Load
@@ -28,7 +28,9 @@ Part = Literal[
     "soak",
 ]
 """which question the measurement answers"""
-GUARD, CLASSIFIER, LABELS = "guard", "classifier", "guard, label only"
+GUARD: Final = "guard"
+CLASSIFIER: Final = "classifier"
+LABELS = "guard, label only"
 NONE = float("nan")
 MANY = 16
 """clients that send single images"""
@@ -62,9 +64,9 @@ def of_speed(part: Part, speed: Speed) -> Row:
     return Row(part, speed.what, "in process", speed.batch, speed.processes, 0, speed.per_second, speed.p50_ms, NONE, NONE, 0, note)
 
 
-def of_perf(part: Part, perf: Perf, rate: float = 0, note: str = "") -> Row:
+def of_perf(part: Part, what: str, perf: Perf, rate: float = 0, note: str = "") -> Row:
     times = (perf.p50_ms, perf.p95_ms, perf.p99_ms)
-    return Row(part, GUARD, "perf_analyzer", perf.batch, perf.clients, rate, perf.per_second, *times, 0, note)
+    return Row(part, what, "perf_analyzer", perf.batch, perf.clients, rate, perf.per_second, *times, 0, note)
 
 
 def of_load(part: Part, what: str, load: Load, batch: int, clients: int = 0, rate: float = 0, note: str = "") -> Row:

@@ -17,7 +17,7 @@ import numpy as np
 
 from noisec import contract, manifest
 from noisec.benchmarks.throughput import statistics
-from noisec.benchmarks.throughput.limit import fastest, processes, sweep
+from noisec.benchmarks.throughput.limit import What, fastest, processes, sweep
 from noisec.benchmarks.throughput.load import Connect, Generator, Traffic, generator, triton
 from noisec.benchmarks.throughput.perf import PerfAnalyzer, find_perf_analyzer, write_images
 from noisec.benchmarks.throughput.report import write_results
@@ -171,11 +171,13 @@ class Benchmark:
                     self.rows.append(of_load("labels", what, found, batch, clients))
 
     def one_client(self) -> None:
-        """One single-threaded process, and one client, both with one image at a time, in turns."""
+        """One single-threaded process, and one client, both with one image at a time, in turns; and the same of the bare classifier, which
+        shows how much of what a server adds is requests and messages."""
         with processes(self.target, self.images, 1, 1) as computing:
             for _ in range(self.plan.rounds):
-                self.rows.append(of_speed("one client", computing.measure("guard", 1, self.plan.seconds)))
-                self._perf("one client", 1, 1)
+                for what in (GUARD, CLASSIFIER):
+                    self.rows.append(of_speed("one client", computing.measure(what, 1, self.plan.seconds)))
+                    self._perf("one client", 1, 1, what)
 
     def arrivals(self) -> None:
         """Single images at Poisson arrivals, at shares of the throughput that many clients reach."""
@@ -184,7 +186,7 @@ class Benchmark:
                 found = self.perf.measure(
                     self.url, self.target.name, self.data, 1, 0, max(2.0, self.plan.seconds), rate=round(self._rate(load), 1)
                 )
-                self.rows.append(of_perf("arrivals", found, self._rate(load), f"{load:g} of the throughput"))
+                self.rows.append(of_perf("arrivals", GUARD, found, self._rate(load), f"{load:g} of the throughput"))
 
     def mixed(self) -> None:
         """Several batch sizes and choices of outputs at once."""
@@ -223,9 +225,10 @@ class Benchmark:
     def _connect(self, model: str, outputs: Sequence[str]) -> Connect:
         return partial(triton, self.url, model, tuple(outputs))
 
-    def _perf(self, part: Part, batch: int, clients: int, *, shared_memory: bool = False) -> None:
-        found = self.perf.measure(self.url, self.target.name, self.data, batch, clients, self.plan.seconds, shared_memory=shared_memory)
-        self.rows.append(of_perf(part, found, note="shared memory" if shared_memory else ""))
+    def _perf(self, part: Part, batch: int, clients: int, what: What = GUARD, *, shared_memory: bool = False) -> None:
+        model = {GUARD: self.target.name, CLASSIFIER: self.target.classifier}[what]
+        found = self.perf.measure(self.url, model, self.data, batch, clients, self.plan.seconds, shared_memory=shared_memory)
+        self.rows.append(of_perf(part, what, found, note="shared memory" if shared_memory else ""))
 
     @contextmanager
     def _observed(self, during: str) -> Iterator[None]:

@@ -39,7 +39,6 @@ def summary_of(rows: Sequence[Row]) -> Summary:
     limit = highest(choose(rows, "side by side", tool="in process"))
     served = by_setting(choose(rows, "side by side", tool="perf_analyzer"))[0]
     single = middle(choose(rows, "side by side", tool="perf_analyzer", batch=1, clients=MANY))
-    alone, asked = choose(rows, "one client", tool="in process"), choose(rows, "one client", tool="perf_analyzer")
     half = choose(rows, "arrivals", note="0.5 of the throughput")
     return {
         "limit_per_second": limit,
@@ -48,11 +47,17 @@ def summary_of(rows: Sequence[Row]) -> Summary:
         "single_image_per_second": single,
         "single_image_over_limit": single / limit,
         "label_only_over_bare": label_ratio(rows, served[0].batch, served[0].clients),
-        "added_latency_ms": float(median(two.p50_ms - one.p50_ms for one, two in zip(alone, asked, strict=True))),
+        "added_latency_ms": added_latency(rows, GUARD),
         "p50_ms": middle(half, "p50_ms"),
         "p99_ms": middle(half, "p99_ms"),
         "peers": {name: peer_figures(rows, name) for name in peer_names(rows)},
     }
+
+
+def added_latency(rows: Sequence[Row], what: str) -> float:
+    """Milliseconds that one client waits longer for one image than the computation takes in process: the median over rounds."""
+    alone, asked = (choose(rows, "one client", what=what, tool=tool) for tool in ("in process", "perf_analyzer"))
+    return float(median(two.p50_ms - one.p50_ms for one, two in zip(alone, asked, strict=True)))
 
 
 def label_ratio(rows: Sequence[Row], batch: int, clients: int) -> float:
