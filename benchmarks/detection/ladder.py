@@ -42,6 +42,8 @@ BATCH = 128
 STEPS, PENALTIES = 50, (0.0, 0.1, 1.0, 10.0)
 SAFETY = 0.5
 """nats below the threshold at which an attacker is content"""
+TRANSFER_SAFETY = 3.0
+"""the same of one who practises on a guard of his own: another guard scores the same input some nats higher or lower"""
 CONFIDENT = 1.0
 """logits beyond which a wrong label earns :func:`adaptive` nothing more: from there on it works on the score alone"""
 CERTAIN = 1e-3

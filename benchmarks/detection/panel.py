@@ -35,6 +35,7 @@ from noisec.builders.progress import console
 from noisec.builders.protect import STAGE
 from noisec.builders.spec import DetectorSpec
 from noisec.builders.stages import Tensors
+from noisec.contract import Pass
 from noisec.errors import NoisecError
 from noisec.python_backend.scorer.detectors import Head
 from noisec.python_backend.scorer.scoring import conformal_threshold
@@ -59,11 +60,17 @@ ALONE = {
     "head mutation": DetectorSpec(kind="mutation", view="image"),
 }
 """each statistic by itself, fitted and calibrated as the guard's own are"""
-OF_COPIES = {
-    "amplified": ("amplified confidence", DetectorSpec(kind="confidence", view="amplified")),
-    "hardened": ("hardened dissent", DetectorSpec(kind="dissent", view="hardened")),
+OF_COPIES: dict[Pass, tuple[str, dict[str, DetectorSpec]]] = {
+    "amplified": ("amplified passes", {"amplified confidence": DetectorSpec(kind="confidence", view="amplified")}),
+    "hardened": (
+        "hardened copy",
+        {
+            "hardened dissent": DetectorSpec(kind="dissent", view="hardened"),
+            "hardened divergence": DetectorSpec(kind="divergence", view="hardened"),
+        },
+    ),
 }
-"""pass of a copy of the classifier -> the statistic of its view, where the guard makes it"""
+"""pass of a copy of the classifier -> what the copy is called, and the statistics of its view, where the guard makes it"""
 
 
 @dataclass(frozen=True)
@@ -115,10 +122,11 @@ def panel(subject: Subject, fit: Sent, calibration: Sent) -> dict[str, Calibrate
 def ablations(subject: Subject) -> dict[str, tuple[DetectorSpec, ...]]:
     """Each statistic alone; where the guard asks a copy of the classifier, that one's too, and the guard without it."""
     found: dict[str, tuple[DetectorSpec, ...]] = {name: (detector,) for name, detector in ALONE.items()}
-    for one, (name, detector) in OF_COPIES.items():
+    for one, (copy, statistics) in OF_COPIES.items():
         if one in subject.spec.copies:
-            others = tuple(other for other in subject.spec.detectors if other.view != detector.view)
-            found |= {name: (detector,), **({f"default without {name}": others} if others else {})}
+            found |= {name: (detector,) for name, detector in statistics.items()}
+            others = tuple(other for other in subject.spec.detectors if other.view != one)
+            found |= {f"default without {copy}": others} if others else {}
     return found
 
 

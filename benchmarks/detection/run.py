@@ -272,9 +272,10 @@ class Benchmark:
 
         def make(folder: Path) -> Floats:
             own = ladder.gray_box(self.subject, self.work / "detection", self.seed + 1, self.plan.sizes.surrogate_epochs)
-            return ladder.adaptive(own.whole, images.floats(), images.labels, eps, threshold=own.threshold, seed=self.seed)
+            known: dict[str, Any] = {"threshold": own.threshold, "safety": ladder.TRANSFER_SAFETY, "seed": self.seed}
+            return ladder.adaptive(own.whole, images.floats(), images.labels, eps, **known)
 
-        self._laddered("gray-box", eps, make)
+        self._laddered("gray-box", eps, make, f"aims {ladder.TRANSFER_SAFETY:g} nats below its own threshold")
 
     def query(self, eps: float, with_score: bool) -> None:
         """An attacker who may ask the guard ``queries`` times about each image."""
