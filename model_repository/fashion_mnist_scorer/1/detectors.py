@@ -319,5 +319,5 @@ OF_LOGITS = frozenset({"logit-gaussian", "divergence", "confidence", "dissent"})
 """kinds that need the logits of all their activations"""
 APART = "confidence"
 """kind whose detectors' evidence adds nothing to the others': what they find looks natural otherwise"""
-INDEPENDENT = "dissent"
-"""kind whose evidence is another network's own word: it counts as much as all of the others' together"""
+INDEPENDENT = "HARDENED_PENULTIMATE"
+"""activations whose detectors' evidence is another network's own word: it counts as much as all of the others' together"""
