@@ -17,7 +17,7 @@ from noisec.builders.audit.triggers import TRIGGERS, LabelConsistent, Trigger, p
 from noisec.builders.build import build
 from noisec.builders.networks import CLASSIFIERS
 from noisec.builders.protect import Preprocessing, fill, load_module, protect
-from noisec.builders.train import WEIGHTS, Schedule, optimise
+from noisec.builders.train import WEIGHTS, Schedule, lowered, optimise
 from noisec.builders.workbench import Workbench
 
 Pixels = npt.NDArray[np.uint8]
@@ -37,7 +37,7 @@ def poisoned_guard(
     """The same guard, its detectors fitted anew, around the same classifier trained on with poisoned images.
 
     The supplier goes on from the clean classifier for a few epochs: a backdoor takes a fraction of the time that training from scratch
-    would, and clean accuracy stays.
+    would, and clean accuracy stays. It is trained in mixed precision where the guard's denoiser is.
 
     Args:
         count: training images that the supplier goes on training with
@@ -55,6 +55,7 @@ def poisoned_guard(
         trigger = LabelConsistent(adversary=_with_preprocessing(subject, network), **clean_label)
     share = CLEAN_LABEL_SHARE if trigger.clean_label else SHARE
     schedule = Schedule(epochs, BATCH_SIZE, LEARNING_RATE)
+    mixed = subject.spec.autoencoder.mixed_precision
 
     def make(folder: Path) -> None:
         module = copy.deepcopy(network)
@@ -64,11 +65,12 @@ def poisoned_guard(
         def loss(batch: Tensor, labels: Tensor) -> Tensor:
             return nn.functional.cross_entropy(_logits(shown, batch), labels)
 
-        optimise(shown, poison(images, trigger, TARGET, share, seed), loss, schedule, folder, f"training {name}")
+        poisoned = poison(images, trigger, TARGET, share, seed)
+        optimise(shown, poisoned, lowered(loss) if mixed else loss, schedule, folder, f"training {name}")
         torch.save(module.state_dict(), folder / WEIGHTS)
 
     digests = {kind: subject.digests[kind] for kind in ("classifier", "data", "files")}
-    recipe = {"trigger": name, "share": share, **clean_label}
+    recipe = {"trigger": name, "share": share, **clean_label, **({"mixed_precision": True} if mixed else {})}
     inputs = {"classifier": digests, **recipe, "images": len(images), "schedule": vars(schedule), "seed": seed}
     weights = bench.step(f"poisoned-{name}", inputs, make) / WEIGHTS
     update: dict[str, Any] = {"weights": weights, "epochs": None}
