@@ -329,9 +329,9 @@ class GuardSpec(Section):
     audit: Literal["off", "warn", "require"] = "off"
     """whether the classifier is searched for a backdoor (BAN) before the guard is built, and whether one stops the build"""
     fusion: Literal["fisher", "tippett"] = "fisher"
-    """how detectors are combined: ``fisher`` adds their surprisals, ``tippett`` takes the largest; with ``fisher`` those
-    of view ``hardened`` are each added to the surprisal of the others' sum in full, for they ask another network, and a ``confidence``
-    counts where it is larger than all that, as it looks for other inputs"""
+    """how detectors are combined: ``fisher`` adds their surprisals, ``tippett`` takes the largest; with ``fisher`` too the larger of a
+    ``confidence``'s and of the others' sum counts, as it looks for other inputs than they do, and those of view ``hardened`` are each added
+    to that, as much as all others together, for they ask another network"""
     data: DataSpec
     classifier: ClassifierSpec
     autoencoder: AutoencoderSpec

@@ -266,7 +266,7 @@ def test_a_detector_that_stands_apart_is_in_no_sum(vectors, head):
 
 
 @pytest.mark.parametrize("kinds", [("confidence", "dissent"), ("dissent",), ("dissent", "dissent")])
-def test_an_independent_detector_is_added_to_the_sum(vectors, head, kinds):
+def test_an_independent_detector_is_added_to_all_others_together(vectors, head, kinds):
     scorer, tensors = with_confidence(vectors, head)
     copy = np.roll(vectors, 7, axis=0)
     dissent = Dissent()
@@ -279,13 +279,18 @@ def test_an_independent_detector_is_added_to_the_sum(vectors, head, kinds):
     scorer.check()
     each = scorer.score_each(tensors)
     dissents = np.maximum(each[[len(own) + place for place, kind in enumerate(kinds) if kind == "dissent"]], 0).sum(axis=0)
-    wanted = dissents + (np.maximum(scorer.together(np.maximum(each[:2], 0).sum(axis=0)), 0) if own else 0)
+    others = np.zeros_like(dissents)
+    if own:
+        others = scorer.together(np.maximum(each[:2], 0).sum(axis=0))
     if "confidence" in kinds:
-        assert (each[2] > wanted).any()
-        wanted = np.maximum(wanted, each[2])
-    assert np.allclose(scorer.score(tensors), wanted, atol=1e-5)
+        others = np.maximum(others, each[2])
+    assert np.allclose(scorer.score(tensors), np.maximum(others, 0) + dissents, atol=1e-5)
     assert (dissents > 0.5).any()
     assert (dissents == 0).any()
+    divergence = replace(
+        scorer, detectors=tuple(replace(one, kind="divergence") if one.kind == "dissent" else one for one in scorer.detectors)
+    )
+    assert np.array_equal(divergence.independent, scorer.independent), "whatever it makes of the copy's answer"
 
 
 def test_confidence_is_the_mean_logit_of_the_labels_probabilities(vectors, head):

@@ -250,15 +250,15 @@ class TorchScorer:
         return torch.where(tensors[contract.IN_RANGE][:, 0] == 1, each.amax(dim=0), torch.nan)
 
     def _fused(self, each: Tensor) -> Tensor:
-        """Fisher's method: surprisals [number of detectors, n] -> rows [..., n] of which the largest counts."""
-        added = [*each[self._independent]]
+        """Fisher's method: surprisals [number of detectors, n] -> [1, n], or more rows of which the largest counts."""
+        rivals = [*each[self._apart]]
         if self._in_sum.any():
             total = each[self._in_sum].clamp(min=0).sum(dim=0)
-            added.insert(0, self._together(total) if self._together else total)
-        rivals = [*each[self._apart]]
-        if added:
-            rivals.append(torch.stack(added).clamp(min=0).sum(dim=0) if len(added) > 1 else added[0])
-        return torch.stack(rivals)
+            rivals.append(self._together(total) if self._together else total)
+        if not self._independent.any():
+            return torch.stack(rivals)
+        strongest = [torch.stack(rivals).amax(dim=0)] if rivals else []
+        return torch.stack([*strongest, *each[self._independent]]).clamp(min=0).sum(dim=0, keepdim=True)
 
     def _labels(self, tensors: Mapping[str, Tensor], levels: Tensor) -> Tensor:
         if not self._needs_head:

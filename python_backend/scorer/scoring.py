@@ -265,8 +265,8 @@ class Scorer:
     def score(self, tensors: Mapping[str, Floats]) -> Floats:
         """The fused score: the sum of the detectors' surprisals (Fisher's method on their p-values, none above 1), or the largest of them
         (Tippett's). Detectors that look at the same input are not independent, so the sum's own distribution is calibrated afterwards.
-        With Fisher's method, those that stand beside the sum meet its surprisal: those that are `independent` are added to it, and those
-        `apart` count where they are larger than that.
+        With Fisher's method, those that stand beside the sum meet its surprisal: those `apart` from it count where they are larger, and
+        to the larger of both those that are `independent` are added.
 
         Args:
             tensors: name -> float32 [n, d] or [n, 1], as ``inputs`` lists them
@@ -280,24 +280,22 @@ class Scorer:
             return largest
         if self.in_sum.all():
             return summed(each)
-        added = [*each[self.independent]]
+        rivals = [*each[self.apart]]
         if self.in_sum.any():
             total = summed(each[self.in_sum])
-            added.insert(0, self.together(total) if self.together else total)
-        rivals = [*each[self.apart]]
-        if added:
-            rivals.append(summed(np.stack(added)) if len(added) > 1 else added[0])
-        strongest: Floats = np.max(rivals, axis=0)
-        return strongest
+            rivals.append(self.together(total) if self.together else total)
+        strongest = [np.max(rivals, axis=0)] if rivals else []
+        others = each[self.independent]
+        return summed(np.stack([*strongest, *others])) if len(others) else strongest[0]
 
     @cached_property
     def apart(self) -> npt.NDArray[np.bool_]:
-        """[number of detectors], those whose surprisal rivals that of all others"""
+        """[number of detectors], those whose surprisal rivals the sum's"""
         return np.array([detector.kind == APART for detector in self.detectors])
 
     @cached_property
     def independent(self) -> npt.NDArray[np.bool_]:
-        """[number of detectors], those whose surprisal is added to the sum's"""
+        """[number of detectors], those whose surprisal is added to the others' together"""
         return np.array([INDEPENDENT in detector.inputs for detector in self.detectors])
 
     @cached_property
