@@ -35,7 +35,6 @@ from noisec.builders.progress import console
 from noisec.builders.protect import STAGE
 from noisec.builders.spec import DetectorSpec
 from noisec.builders.stages import Tensors
-from noisec.contract import Pass
 from noisec.errors import NoisecError
 from noisec.python_backend.scorer.detectors import Head
 from noisec.python_backend.scorer.scoring import conformal_threshold
@@ -60,7 +59,7 @@ ALONE = {
     "head mutation": DetectorSpec(kind="mutation", view="image"),
 }
 """each statistic by itself, fitted and calibrated as the guard's own are"""
-OF_COPIES: dict[Pass, tuple[str, dict[str, DetectorSpec]]] = {
+OF_COPIES: dict[contract.Pass, tuple[str, dict[str, DetectorSpec]]] = {
     "amplified": ("amplified passes", {"amplified confidence": DetectorSpec(kind="confidence", view="amplified")}),
     "hardened": (
         "hardened copy",
