@@ -344,6 +344,7 @@ def test_each_row_is_scored_by_its_own_noise_level(vectors):
     mixed = {name: np.where(loudly[:, None], loud[name], quiet[name]) for name in quiet}
     assert np.allclose(scorer.score(mixed), np.where(loudly, scorer.score(loud), scorer.score(quiet)), rtol=1e-5)
     assert not np.allclose(scorer.score(quiet), scorer.score(loud))
+    assert scorer.score({name: rows[:0] for name, rows in quiet.items()}).shape == (0,), "no attack succeeded"
 
 
 @pytest.mark.parametrize("apart", [False, True])

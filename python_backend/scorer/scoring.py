@@ -112,8 +112,8 @@ class Detector:
             starts: [L + 1], where each level's rows start, and the number of rows
         """
         present = [level for level in range(len(self.statistics)) if starts[level] < starts[level + 1]]
-        if self.alike or len(present) == 1:
-            return self.statistics[present[0]].score(view)
+        if self.alike or len(present) < 2:
+            return self.statistics[max(present, default=0)].score(view)
         return np.concatenate([self.statistics[level].score(view[starts[level] : starts[level + 1]]) for level in present])
 
     @cached_property
