@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -111,18 +112,33 @@ def without_baselines(monkeypatch):
     monkeypatch.setattr(run, "baselines", lambda *given, backdoors: {})
 
 
-@pytest.mark.usefixtures("without_baselines")
-def test_a_second_run_takes_the_attacks_from_the_first(cells, subject, work, monkeypatch):
-    def never(*arguments):
-        raise AssertionError("attacked again")
+def test_a_second_run_takes_finished_parts_from_the_first(cells, subject, work, monkeypatch):
+    monkeypatch.setattr(Benchmark, "detectors", lambda self: pytest.fail("fitted again"))
+    again = run_benchmark(subject, PLAN, work / "work", work / "again", 0, "")
+    assert again == cells
+    for name in ("summary.json", "cells.csv", "roc.png"):
+        assert (work / "again" / name).read_bytes() == (work / "out" / name).read_bytes()
 
-    monkeypatch.setattr(run, "attack", never)
+
+def test_parts_run_by_themselves_are_put_together(cells, subject, work, monkeypatch):
+    for slow in ("gray_box", "query"):
+        monkeypatch.setattr(Benchmark, slow, lambda *given: None)
+    alone = run_benchmark(subject, replace(PLAN, ladder=(0.05,), attacks=()), work / "work", work / "alone", 0, "")
+    monkeypatch.setattr(Benchmark, "adaptive", lambda self, eps: pytest.fail("attacked again"))
+    whole = run_benchmark(subject, replace(PLAN, ladder=(0.05,)), work / "work", work / "whole", 0, "")
+    assert [cell.access for cell in alone] == ["adaptive"]
+    assert whole == [*cells, *alone]
+
+
+@pytest.mark.usefixtures("without_baselines")
+def test_a_part_that_was_interrupted_takes_its_attacks_from_before(cells, subject, work, monkeypatch):
+    for folder in (work / "work" / "detection").glob("part-*"):
+        shutil.rmtree(folder)
+    monkeypatch.setattr(run, "attack", lambda *given: pytest.fail("attacked again"))
     again = run_benchmark(subject, PLAN, work / "work", work / "again", 0, "")
     detectors = {cell.detector for cell in again}
+    assert PUBLISHED in detectors
     assert again == [cell for cell in cells if cell.detector in detectors]
-    first, second = (json.loads((work / folder / "summary.json").read_text()) for folder in ("out", "again"))
-    assert second == [row for row in first if row["detector"] in detectors]
-    assert len(first) == len(cells)
 
 
 @pytest.mark.usefixtures("without_baselines")
@@ -140,11 +156,10 @@ def test_further_seeds_repeat_the_white_box_attacks_on_other_images(cells, subje
 def test_further_seeds_leave_out_what_is_slow_or_no_white_box_attack(subject, work, monkeypatch):
     plan = Plan(attacks=("fgsm-0.1", "cw", "pgd-0.1"), black_box=("fgsm-0.1",), ladder=(0.1,), triggers=("badnets",), sizes=PLAN.sizes)
     attacked = []
-    monkeypatch.setattr(Benchmark, "detectors", lambda self: {})
-    monkeypatch.setattr(Benchmark, "white_box", lambda self, spec, images, detectors: attacked.append(spec.name))
+    monkeypatch.setattr(Benchmark, "white_box", lambda self, spec, images: attacked.append(spec.name))
     for other in ("replayed", "adaptive", "gray_box", "query", "backdoor"):
         monkeypatch.setattr(Benchmark, other, lambda self, *given: pytest.fail("repeated"))
-    Benchmark(subject, plan, work / "work", 1).repeat()
+    Benchmark(subject, plan, work / "none", 1).repeat()
     assert attacked == ["fgsm-0.1", "pgd-0.1"]
 
 

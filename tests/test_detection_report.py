@@ -55,6 +55,15 @@ def scores() -> dict[tuple[str, str], dict[str, np.ndarray]]:
     return {("cifar10", name): {"default": random.normal(mean, 1, 300).astype(np.float32)} for name, mean in means.items()}
 
 
+def test_a_page_leads_to_notes_and_leaves_them_alone(tmp_path):
+    report.write_results([STRONG], {}, FACTS, tmp_path)
+    assert "notes.md" not in (tmp_path / "README.md").read_text()
+    (tmp_path / "notes.md").write_text("as it was")
+    report.write_results([STRONG], {}, FACTS, tmp_path)
+    assert "[notes](notes.md)" in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "notes.md").read_text() == "as it was"
+
+
 def test_rows_survive_a_round_trip_with_exactly_the_keys_that_readers_expect(tmp_path):
     cells = [
         STRONG,

@@ -13,6 +13,7 @@ from noisec.benchmarks.detection.rows import data_name, guards_of, over_seeds, r
 from noisec.benchmarks.detection.tables import false_positives, guard_table, sections
 from noisec.errors import NoisecError
 
+NOTES = "notes.md"
 PROTOCOLS = """Two protocols, never mixed. *Honest*: benign is clean images and the same with natural noise, none of which the guard was
 fitted or calibrated on; rows marked "(successful)" count only attacks that got the label they wanted. *Published*: benign is the clean
 image plus the attack's own noise with its pixels shuffled, and attacks that failed count as positives, as in the paper. The detector
@@ -22,7 +23,8 @@ figures are from arXiv 2406.13073. FPR is realised on clean images at a nominal 
 
 
 def write_results(cells: Sequence[Cell], scores: Scores, facts: Mapping[str, Any], folder: Path) -> None:
-    """Write ``cells.csv``, ``summary.json``, ``README.md`` and the plots.
+    """Write ``cells.csv``, ``summary.json``, ``README.md`` and the plots. What somebody has to say of them goes into ``notes.md``, which
+    the page then leads to.
 
     Args:
         scores: for the plots; sets of images are "clean", "natural noise" and attacks such as "pgd-0.1"; "default" is among the detectors
@@ -32,7 +34,8 @@ def write_results(cells: Sequence[Cell], scores: Scores, facts: Mapping[str, Any
     write_csv(cells, folder / "cells.csv")
     write_summary(cells, folder / "summary.json")
     plots = draw(cells, scores, folder)
-    (folder / "README.md").write_text(as_markdown(cells, facts, plots))
+    notes = NOTES if (folder / NOTES).is_file() else ""
+    (folder / "README.md").write_text(as_markdown(cells, facts, plots, notes))
 
 
 def merge(folders: Sequence[Path], into: Path | None = None) -> None:
@@ -54,13 +57,14 @@ def merge(folders: Sequence[Path], into: Path | None = None) -> None:
     (into / "README.md").write_text(_index(found, cells, into))
 
 
-def as_markdown(cells: Sequence[Cell], facts: Mapping[str, Any], plots: Sequence[str] = ()) -> str:
+def as_markdown(cells: Sequence[Cell], facts: Mapping[str, Any], plots: Sequence[str] = (), notes: str = "") -> str:
     """Every table of a benchmark; a table without rows is left out."""
     rows = over_seeds(cells)
     parts = [
         "# Detection: " + ", ".join(f"{data_name(data)}, guard `{guard}`" for data, guard in guards_of(rows)),
         PROTOCOLS,
         _facts(facts),
+        f"What was tried, and what these figures do not show: [notes]({notes})." if notes else "",
     ]
     for data, guard in guards_of(rows):
         of_guard = rows_of(rows, data, guard)

@@ -1,9 +1,12 @@
-"""The detection benchmark of one guard: attacks, protocols, cells. Finished attacks are kept, so that an interrupted run goes on."""
+"""The detection benchmark of one guard: attacks, protocols, cells.
+
+Finished attacks and parts are kept, so that an interrupted run goes on, and that the parts of a long one may run side by side, each as a
+command of its own with the same work folder, before the whole command puts them together.
+"""
 
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -29,8 +32,9 @@ from noisec.benchmarks.detection.panel import (
     leaked,
     panel,
 )
-from noisec.benchmarks.detection.poisoned import GUIDED_EPOCHS, HARDENED_EPOCHS, poisoned_guard
+from noisec.benchmarks.detection.poisoned import COPY_EPOCHS, GUIDED_EPOCHS, LONGER, STUDENT_EPOCHS, poisoned_guard
 from noisec.benchmarks.detection.report import write_results
+from noisec.benchmarks.detection.rows import read_summary, write_summary
 from noisec.benchmarks.detection.subject import Subject
 from noisec.benchmarks.detection.surrogate import surrogate
 from noisec.benchmarks.detection.torchscore import whole
@@ -41,12 +45,14 @@ from noisec.builders.figures import percent
 from noisec.builders.images import BATCH, Floats, Images, natural
 from noisec.builders.progress import console
 from noisec.builders.spec import ClassifierSpec
-from noisec.builders.workbench import Workbench
+from noisec.builders.workbench import Workbench, seconds_of
 from noisec.errors import NoisecError
 
 SLOW = ("cw", "deepfool", "autoattack", "hopskipjump")
 """methods that attack fewer images"""
 NOISY_SEED = 11
+SEEN = AttackSpec("fgsm", 0.05)
+"""what detectors that learn from attacks see where the plan has no FGSM"""
 REPEATED = "; those after the first repeat the faster white-box attacks, on other draws of the same report images"
 AVERAGED = ("auroc", "tpr_at_1pct", "tpr_at_5pct", "fpr", "fpr_natural_noise", "success", "joint_success")
 """figures of a cell that stand for several groups of images as their mean"""
@@ -62,6 +68,8 @@ class Sizes:
     """images for slow attacks"""
     laddered: int = 200
     """images for attackers that adapt to the guard"""
+    queried: int = 60
+    """at most, for those of them who ask it"""
     queries: int = 1000
     """of the query attacker, for each image"""
     square: int = 1000
@@ -127,18 +135,40 @@ class Benchmark:
         """what attacks on the classifier alone depend on: they outlive another denoiser"""
         self.cells: list[Cell] = []
         self.scores: dict[tuple[str, str], dict[str, Floats]] = {}
+        self.seconds = 0.0
+        """that all parts took, whenever that was"""
         self.known: dict[tuple[Calibrated, int], tuple[Sent, Floats]] = {}
         size = plan.sizes.images
         order = np.random.default_rng(seed).permutation(len(subject.splits.report))
         self.benign = subject.splits.report[order[: len(order) // 2][:size]]
         attackable = subject.splits.report[order[len(order) // 2 :]]
         self.targets = right_ones(subject, attackable)[:size]
-        spec = subject.spec
-        self.fit = self._natural(subject.splits.fit, spec.seed, "fit images")
-        self.calibration = self._natural(subject.splits.calibrate, spec.seed + 1, "calibration images")
-        self.clean = self.send(self.benign.floats(), "clean images")
-        self.noisy = self._natural(self.benign, NOISY_SEED, "images with natural noise", always=True)
-        self.harmless = joined_sent(self.clean, self.noisy)
+
+    @cached_property
+    def fit(self) -> Sent:
+        return self._natural(self.subject.splits.fit, self.subject.spec.seed, "fit images")
+
+    @cached_property
+    def calibration(self) -> Sent:
+        return self._natural(self.subject.splits.calibrate, self.subject.spec.seed + 1, "calibration images")
+
+    @cached_property
+    def clean(self) -> Sent:
+        return self.send(self.benign.floats(), "clean images")
+
+    @cached_property
+    def noisy(self) -> Sent:
+        return self._natural(self.benign, NOISY_SEED, "images with natural noise", always=True)
+
+    @cached_property
+    def harmless(self) -> Sent:
+        """Clean images, and the same with natural noise."""
+        return joined_sent(self.clean, self.noisy)
+
+    @cached_property
+    def compared(self) -> dict[str, Calibrated]:
+        """The detectors of attacks on the classifier."""
+        return self.detectors()
 
     def send(self, pixels: Floats, title: str) -> Sent:
         """Ask the stages about images float32 [n, C, H, W]."""
@@ -154,8 +184,13 @@ class Benchmark:
         found = panel(self.subject, self.fit, self.calibration)
         images = self.subject.splits.fit[:BASELINE_FIT]
         part = images[len(images) * 2 // 3 :]
-        seen = self.attacked(AttackSpec("fgsm", self.plan.ladder[0] if self.plan.ladder else 0.05), part, "fit")
+        seen = self.attacked(self.seen, part, "fit")
         return {**found, **baselines(self.subject, images, seen.pixels, self.calibration, backdoors=backdoors)}
+
+    @property
+    def seen(self) -> AttackSpec:
+        """What detectors that learn from attacks see: the plan's own FGSM, where it has one."""
+        return next((spec for spec in self.attacks if spec.method == "fgsm"), SEEN)
 
     def attacked(self, spec: AttackSpec, images: Images, what: str) -> AttackedImages:
         """Images under one attack on the guard's classifier, made now or in an earlier run."""
@@ -169,47 +204,68 @@ class Benchmark:
     def run(self) -> None:
         """Every cell."""
         if self.plan.attacks or self.plan.black_box:
-            self.on_the_classifier(self.detectors())
+            self.kept("harmless", self.harmless_scores)
+        self.white_boxes(self.attacks)
+        for spec in map(AttackSpec.parse, self.plan.black_box):
+            self.kept(f"black-box {spec.name}", partial(self.replayed, spec))
         for eps in self.plan.ladder:
-            self.adaptive(eps)
+            self.kept(f"adaptive {eps:g}", partial(self.adaptive, eps))
         if self.plan.ladder:
-            self.gray_box(self.plan.ladder[0])
+            eps = self.plan.ladder[0]
+            self.kept(f"gray-box {eps:g}", partial(self.gray_box, eps))
             for with_score in (False, True):
-                self.query(self.plan.ladder[0], with_score)
+                self.kept(f"query {eps:g}{' with score' * with_score}", partial(self.query, eps, with_score))
         for name in self.plan.triggers:
-            self.backdoor(name)
-
-    def on_the_classifier(self, detectors: Mapping[str, Calibrated]) -> None:
-        """The attackers who do not look at the guard; only they need every detector."""
-        self._keep("clean", detectors, self.clean)
-        self._keep("natural noise", detectors, self.noisy)
-        self.white_boxes(self.attacks, detectors)
-        for name in self.plan.black_box:
-            self.replayed(AttackSpec.parse(name), detectors)
+            self.kept(f"backdoor {name}", partial(self.backdoor, name))
 
     def repeat(self) -> None:
         """What further seeds repeat: the white-box attacks on another draw of the report images, without the slow ones."""
-        self.white_boxes([spec for spec in self.attacks if spec.method not in SLOW], self.detectors())
+        self.white_boxes([spec for spec in self.attacks if spec.method not in SLOW])
 
     @property
     def attacks(self) -> list[AttackSpec]:
         return [AttackSpec.parse(name) for name in self.plan.attacks]
 
-    def white_boxes(self, attacks: Sequence[AttackSpec], detectors: Mapping[str, Calibrated]) -> None:
+    def kept(self, part: str, measure: Callable[[], None]) -> None:
+        """A part's cells and scores, measured now or in an earlier run."""
+
+        def make(folder: Path) -> None:
+            first, known = len(self.cells), set(self.scores)
+            measure()
+            write_summary(self.cells[first:], folder / "summary.json")
+            del self.cells[first:]
+            found = {f"{name}/{detector}": rows for _, name in set(self.scores) - known for detector, rows in self.scores[_, name].items()}
+            np.savez(folder / "scores.npz", **found)
+
+        inputs = {**self.key, "part": part, "sizes": vars(self.plan.sizes), "seen": self.seen.name}
+        folder = self.bench.step(f"part-{part.replace(' ', '-')}", inputs, make)
+        self.seconds += seconds_of(folder)
+        self.cells += read_summary(folder / "summary.json")
+        for key, rows in np.load(folder / "scores.npz").items():
+            name, _, detector = key.partition("/")
+            self.scores.setdefault((self.subject.name, name), {})[detector] = rows
+
+    def harmless_scores(self) -> None:
+        """What is drawn beside the attacks."""
+        self._keep("clean", self.clean)
+        self._keep("natural noise", self.noisy)
+
+    def white_boxes(self, attacks: Sequence[AttackSpec]) -> None:
         """Every attack on the classifier itself."""
         for spec in attacks:
-            self.white_box(spec, self.targets[: self.plan.sizes.slow] if spec.method in SLOW else self.targets, detectors)
+            images = self.targets[: self.plan.sizes.slow] if spec.method in SLOW else self.targets
+            self.kept(f"white-box {spec.name}", partial(self.white_box, spec, images))
 
-    def white_box(self, spec: AttackSpec, images: Images, detectors: Mapping[str, Calibrated]) -> None:
+    def white_box(self, spec: AttackSpec, images: Images) -> None:
         """One attack with the classifier in hand, under both protocols."""
         made = self.attacked(spec, images, "report")
         sent = self.send(made.pixels, spec.name)
         won = made.succeeded(sent.labels)
-        self._keep(spec.name, {name: detectors[name] for name in ("default", PUBLISHED)}, sent)
-        self.honest("white-box", spec, sent, won, detectors)
+        self._keep(spec.name, sent)
+        self.honest("white-box", spec, sent, won, self.compared)
         shuffled = self.send(shuffled_noise(images.floats(), made.pixels, self.seed), f"{spec.name}, shuffled")
         for name in ("default", PUBLISHED):
-            self._cell(name, detectors[name], "published", "white-box", spec.method, spec.eps, sent, won, benign=shuffled)
+            self._cell(name, self.compared[name], "published", "white-box", spec.method, spec.eps, sent, won, benign=shuffled)
         if len(images) >= LEAKED_IMAGES:
             self.leak(spec, sent, shuffled, won)
 
@@ -244,7 +300,7 @@ class Benchmark:
             self._cell(name, detector, "honest", access, spec.method, spec.eps, sent, won)
             self._cell(name, detector, "honest", access, f"{spec.method} (successful)", spec.eps, succeeded, won[won])
 
-    def replayed(self, spec: AttackSpec, detectors: Mapping[str, Calibrated]) -> None:
+    def replayed(self, spec: AttackSpec) -> None:
         """An attack on a smaller classifier that the attacker trained, replayed (NoiSec's black-box setting)."""
         inputs = {**self.classifier_key, "attack": spec.name, "on": "surrogate", "images": len(self.targets)}
 
@@ -254,7 +310,7 @@ class Benchmark:
 
         made = AttackedImages.load(self.bench.step(f"surrogate-{spec.name}", inputs, make) / "attacked.npz")
         sent = self.send(made.pixels, f"{spec.name}, replayed")
-        self.honest("black-box", spec, sent, made.succeeded(sent.labels), {name: detectors[name] for name in ("default", PUBLISHED)})
+        self.honest("black-box", spec, sent, made.succeeded(sent.labels), {name: self.compared[name] for name in ("default", PUBLISHED)})
 
     def adaptive(self, eps: float) -> None:
         """An attacker who holds the guard's own weights."""
@@ -264,7 +320,7 @@ class Benchmark:
         def make(folder: Path) -> Floats:
             return ladder.adaptive(whole(self.subject), images.floats(), images.labels, eps, threshold=threshold, seed=self.seed)
 
-        self._laddered("adaptive", eps, make)
+        self._laddered("adaptive", eps, images, make)
 
     def gray_box(self, eps: float) -> None:
         """An attacker who knows the method and the classifier, and trains a guard of its own to practise on."""
@@ -275,11 +331,11 @@ class Benchmark:
             known: dict[str, Any] = {"threshold": own.threshold, "safety": ladder.TRANSFER_SAFETY, "seed": self.seed}
             return ladder.adaptive(own.whole, images.floats(), images.labels, eps, **known)
 
-        self._laddered("gray-box", eps, make, f"aims {ladder.TRANSFER_SAFETY:g} nats below its own threshold")
+        self._laddered("gray-box", eps, images, make, f"aims {ladder.TRANSFER_SAFETY:g} nats below its own threshold")
 
     def query(self, eps: float, with_score: bool) -> None:
         """An attacker who may ask the guard ``queries`` times about each image."""
-        images = self.targets[: self.plan.sizes.laddered]
+        images = self.targets[: min(self.plan.sizes.laddered, self.plan.sizes.queried)]
         known: dict[str, Any] = {"with_score": with_score, "threshold": float(self.subject.scorer.threshold), "seed": self.seed}
 
         def make(folder: Path) -> Floats:
@@ -289,15 +345,14 @@ class Benchmark:
             return found.pixels
 
         answers = "label, verdict and score" if with_score else "label and verdict"
-        folder = self._laddered("query", eps, make, f"{self.plan.sizes.queries} queries, {answers}")
+        folder = self._laddered("query", eps, images, make, f"{self.plan.sizes.queries} queries, {answers}")
         if self.subject.scorer.repeats:
             reached = share(np.load(folder / "reached.npy"))
             last = self.cells[-1]
             self.cells[-1] = replace(last, note=f"{last.note}; {percent(reached)} within them, all when sent again once they are forgotten")
 
-    def _laddered(self, access: Access, eps: float, make: Callable[[Path], Floats], note: str = "") -> Path:
+    def _laddered(self, access: Access, eps: float, images: Images, make: Callable[[Path], Floats], note: str = "") -> Path:
         """One attacker of the ladder; the folder with what it made."""
-        images = self.targets[: self.plan.sizes.laddered]
         inputs = {**self.key, "eps": eps, "images": len(images), "queries": self.plan.sizes.queries, "note": note}
         path = self.bench.step(access, inputs, lambda folder: AttackedImages(make(folder), images.labels).save(folder / "attacked.npz"))
         made = AttackedImages.load(path / "attacked.npz")
@@ -324,8 +379,8 @@ class Benchmark:
             other._cell(name, detector, "honest", "backdoor", f"{trigger} (successful)", 0.0, succeeded, won[won])
         self.cells += [replace(cell, guard=self.subject.name) for cell in other.cells]
 
-    def _keep(self, name: str, detectors: Mapping[str, Calibrated], sent: Sent) -> None:
-        found = {one: self._score(detectors[one], sent) for one in ("default", PUBLISHED) if one in detectors}
+    def _keep(self, name: str, sent: Sent) -> None:
+        found = {one: self._score(self.compared[one], sent) for one in ("default", PUBLISHED) if one in self.compared}
         self.scores[self.subject.name, name] = found
 
     def _cell(self, *args: Any, **kwargs: Any) -> None:
@@ -422,7 +477,6 @@ def run_benchmark(subject: Subject, plan: Plan, work: Path, out: Path, seed: int
         NoisecError: the plan does not go with the guard.
     """
     plan.check(subject.spec.classifier)
-    start = time.monotonic()
     benchmark = Benchmark(subject, plan, work, seed)
     cells = benchmark.cells
     try:
@@ -431,6 +485,7 @@ def run_benchmark(subject: Subject, plan: Plan, work: Path, out: Path, seed: int
             other = Benchmark(subject, plan, work, further)
             other.cells = cells
             other.repeat()
+            benchmark.seconds += other.seconds
     except KeyboardInterrupt:
         console.print("interrupted: writing the cells that are finished; the same command goes on from here")
     facts = {
@@ -439,13 +494,13 @@ def run_benchmark(subject: Subject, plan: Plan, work: Path, out: Path, seed: int
         "seed": ", ".join(map(str, sorted({cell.seed for cell in cells}))) + REPEATED * (seeds > 1),
         "versions": {**versions(), "torch": torch.__version__},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}",
-        "seconds": round(time.monotonic() - start),
+        "seconds": round(benchmark.seconds),
         "sizes": vars(plan.sizes),
         "fit": len(subject.splits.fit),
         "calibrate": len(subject.splits.calibrate),
         "backdoored classifiers": f"the guard's own, trained on for {plan.sizes.poisoned_epochs} epochs with {plan.sizes.poisoned} images, "
-        f"a part of them poisoned; a guided denoiser is trained anew for each, for {GUIDED_EPOCHS} epoch, and a hardened copy for at most "
-        f"{HARDENED_EPOCHS}",
+        f"a part of them poisoned (WaNet: {LONGER['wanet']} times as many of both); a guided denoiser is trained anew for each, for "
+        f"{GUIDED_EPOCHS} epoch, and a hardened copy for at most {COPY_EPOCHS}, a student {STUDENT_EPOCHS}",
     }
     write_results(cells, benchmark.scores, facts, out)
     console.print(f"{out}: {len(cells)} cells")

@@ -402,6 +402,7 @@ def detection(
     images: Annotated[int, typer.Option(help="Benign images, and as many attacked ones.", min=100)] = 1000,
     slow: Annotated[int, typer.Option(help="Images for C&W, DeepFool, AutoAttack and HopSkipJump.", min=10)] = 100,
     laddered: Annotated[int, typer.Option(help="Images for the attackers that adapt.", min=10)] = 200,
+    queried: Annotated[int, typer.Option(help="Images for those of them who ask the guard.", min=10)] = 60,
     queries: Annotated[int, typer.Option(help="Of the query attacker, for each image.", min=1)] = 1000,
     square: Annotated[int, typer.Option(help="Queries of Square and HopSkipJump.", min=1)] = 1000,
     poisoned: Annotated[int, typer.Option(help="Training images of a backdoored classifier, a part of them poisoned.", min=100)] = 10000,
@@ -413,12 +414,14 @@ def detection(
 ) -> None:
     """Measure what a guard detects, under the honest and the published protocol, beside other detectors; an interrupted run goes on.
 
+    Finished parts stay in --work: parts of a long run can be commands of their own, side by side, and the whole command then takes them.
+
     Example: `noisec bench detection model_repository --guard fashion_mnist --attacks fgsm-0.1,pgd-0.1,square-0.2 --ladder 0.1,0.05`
     """
     from noisec.benchmarks.detection.run import Plan, Sizes, run_benchmark
     from noisec.benchmarks.detection.subject import Subject
 
-    sizes = Sizes(images, slow, laddered, queries, square, poisoned=poisoned, poisoned_epochs=poisoned_epochs)
+    sizes = Sizes(images, slow, laddered, queried, queries, square, poisoned=poisoned, poisoned_epochs=poisoned_epochs)
     plan = Plan(_parts(attacks), _parts(black_box), _numbers("--ladder", ladder), _parts(triggers), sizes)
     subject = Subject.open(repository, guard, work / guard)
     run_benchmark(subject, plan, work / guard, out / guard, seed, _command(), seeds)
