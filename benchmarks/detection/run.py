@@ -226,19 +226,23 @@ class Benchmark:
     def attacks(self) -> list[AttackSpec]:
         return [AttackSpec.parse(name) for name in self.plan.attacks]
 
-    def kept(self, part: str, measure: Callable[[], None]) -> None:
-        """A part's cells and scores, measured now or in an earlier run."""
+    def kept(self, part: str, measure: Callable[[], None], **inputs: str) -> None:
+        """A part's cells and scores, measured now or in an earlier run.
+
+        Args:
+            inputs: what they depend on, next to guard, seed and sizes
+        """
 
         def make(folder: Path) -> None:
-            first, known = len(self.cells), set(self.scores)
+            first, before = len(self.cells), set(self.scores)
             measure()
             write_summary(self.cells[first:], folder / "summary.json")
             del self.cells[first:]
-            found = {f"{name}/{detector}": rows for _, name in set(self.scores) - known for detector, rows in self.scores[_, name].items()}
-            np.savez(folder / "scores.npz", **found)
+            new = [key for key in self.scores if key not in before]
+            np.savez(folder / "scores.npz", **{f"{key[1]}/{one}": rows for key in new for one, rows in self.scores[key].items()})
 
-        inputs = {**self.key, "part": part, "sizes": vars(self.plan.sizes), "seen": self.seen.name}
-        folder = self.bench.step(f"part-{part.replace(' ', '-')}", inputs, make)
+        known = {**self.key, "part": part, "sizes": vars(self.plan.sizes), **inputs}
+        folder = self.bench.step(f"part-{part.replace(' ', '-')}", known, make)
         self.seconds += seconds_of(folder)
         self.cells += read_summary(folder / "summary.json")
         for key, rows in np.load(folder / "scores.npz").items():
@@ -254,7 +258,7 @@ class Benchmark:
         """Every attack on the classifier itself."""
         for spec in attacks:
             images = self.targets[: self.plan.sizes.slow] if spec.method in SLOW else self.targets
-            self.kept(f"white-box {spec.name}", partial(self.white_box, spec, images))
+            self.kept(f"white-box {spec.name}", partial(self.white_box, spec, images), seen=self.seen.name)
 
     def white_box(self, spec: AttackSpec, images: Images) -> None:
         """One attack with the classifier in hand, under both protocols."""
