@@ -6,9 +6,6 @@ al. 2020), which is enough where a trained classifier is trained on (Zhao and Ba
 What comes after the penultimate activations stays as it is, so that those of both classifiers mean the same; where they disagree, a small
 change has moved one of them (decision mismatch of two models, Monteiro et al. 2018, arXiv 1802.07770). Like amplified passes it is a part
 of the autoencoder stage.
-
-Instead of the copy a student may learn the same from random weights: whoever knows the classifier can train a copy much like the guard's,
-but of a student only what it has learnt. Small changes that lead two networks of different beginnings astray alike are rarer.
 """
 
 from __future__ import annotations
@@ -23,12 +20,9 @@ from onnx import ModelProto, numpy_helper
 from torch import Tensor, nn
 
 from noisec import contract
-from noisec.builders import networks
 from noisec.builders.classifier import read_model
-from noisec.builders.export import export_stage
 from noisec.builders.graphs import save_model
-from noisec.builders.head import read_head
-from noisec.builders.images import BATCH, Floats, Images
+from noisec.builders.images import Floats, Images
 from noisec.builders.progress import console
 from noisec.builders.spec import HardenedSpec
 from noisec.builders.stages import in_process
@@ -76,47 +70,6 @@ class Copy(nn.Module):
         return dict(zip(self._graph.outputs, answers, strict=True))[contract.LOGITS]
 
 
-class Student(nn.Module):
-    """A network that learns a classifier's answers from random weights (distillation, Hinton et al. 2015), read by the classifier's own
-    last layer, so that their penultimate activations mean the same.
-
-    Args:
-        stage: folder with ``model.onnx``, in fp32
-        images: of the classifier's kind
-
-    Raises:
-        NoisecError: the classifier has no last layer that can be read.
-    """
-
-    def __init__(self, stage: Path, images: Images) -> None:
-        super().__init__()
-        head = read_head(stage / "model.onnx", images[:BATCH].floats())
-        self._rectified = bool(head.rectified)
-        self.network = networks.Student(images.shape, len(head.weights))
-        self.register_buffer("weights", torch.from_numpy(head.weights), persistent=False)
-        self.register_buffer("bias", torch.from_numpy(head.bias), persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """float32 [n, C, H, W] -> logits float32 [n, classes]"""
-        return self.answers(images)[0]
-
-    def answers(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits float32 [n, classes] and penultimate activations [n, d]."""
-        activations = self.network(images)
-        return (activations.relu() if self._rectified else activations) @ self.weights + self.bias, activations
-
-
-class _AsStage(nn.Module):
-    """What a classifier stage answers, of a student."""
-
-    def __init__(self, student: Student) -> None:
-        super().__init__()
-        self._student = student
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self._student.answers(images)
-
-
 def _before_penultimate(graph: TorchGraph) -> list[Step]:
     """The nodes that the penultimate activations depend on, in order."""
     needed, found = {contract.PENULTIMATE}, list[Step]()
@@ -160,11 +113,6 @@ def loss_of(copy: nn.Module, classify: Classify, eps: float, images: Tensor) -> 
     return divergence(answers[:half], wanted[:half]) + calm
 
 
-def new_copy(spec: HardenedSpec, classifier: Path, images: Images) -> Copy | Student:
-    """What learns, before it has."""
-    return Student(classifier, images) if spec.student else Copy(classifier)
-
-
 def train_copy(spec: HardenedSpec, classifier: Path, images: Images, seed: int, folder: Path) -> None:
     """Train a classifier stage's hardened copy and write its weights into ``folder``.
 
@@ -176,7 +124,7 @@ def train_copy(spec: HardenedSpec, classifier: Path, images: Images, seed: int, 
         NoisecError: the graph cannot be trained.
     """
     torch.manual_seed(seed)
-    copy, classify = new_copy(spec, classifier, images), TorchGraph(classifier / "model.onnx", DEVICE.type).named
+    copy, classify = Copy(classifier), TorchGraph(classifier / "model.onnx", DEVICE.type).named
     schedule = Schedule(spec.epochs, spec.batch_size, spec.learning_rate)
 
     def loss(batch: Tensor, labels: Tensor) -> Tensor:
@@ -197,15 +145,12 @@ def export_copy(spec: HardenedSpec, classifier: Path, weights: Path, clean: Imag
     Raises:
         NoisecError: the copy has come to say something else than the classifier.
     """
-    copy = new_copy(spec, classifier, clean)
+    copy = Copy(classifier)
     load_network(copy, weights)
-    if isinstance(copy, Student):
-        export_stage(_AsStage(copy), clean.shape, contract.CLASSIFIER_OUTPUTS, folder / "model.onnx")
-    else:
-        arrays = {name: weight.detach().cpu().numpy() for name, weight in zip(copy.names, copy.weights, strict=True)}
-        save_model(with_weights(read_model(classifier / "model.onnx"), arrays), folder)
+    arrays = {name: weight.detach().cpu().numpy() for name, weight in zip(copy.names, copy.weights, strict=True)}
+    save_model(with_weights(read_model(classifier / "model.onnx"), arrays), folder)
     agreement = float(np.mean(_labels(classifier, clean[:SAMPLE]) == _labels(folder, clean[:SAMPLE])))
-    finite = all(weight.isfinite().all() for weight in copy.state_dict().values())
+    finite = all(np.isfinite(array).all() for array in arrays.values())
     if not finite or agreement < LEAST_AGREEMENT:
         raise NoisecError(
             f"hardened copy: the classifier's label for {100 * agreement:.1f} % of clean images, {100 * LEAST_AGREEMENT:.0f} % are the "

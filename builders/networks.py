@@ -107,32 +107,6 @@ class ResNet20(nn.Module):
         return logits
 
 
-class Student(nn.Module):
-    """A small residual network without a last layer, for another's to read: three widths, two of them with a residual block, mean pooling.
-
-    Its answers are penultimate activations [batch, d], of the protected classifier's width.
-    """
-
-    def __init__(self, shape: Shape, features: int, widths: tuple[int, int, int] = (32, 64, 128)) -> None:
-        super().__init__()
-        first, second, third = widths
-        self.layers = nn.Sequential(
-            conv_block(shape[0], first, 1),
-            self._halved(first, second), ResidualBlock(second, second, 1),
-            self._halved(second, third), ResidualBlock(third, third, 1),
-        )  # fmt: skip
-        self.out = nn.Linear(third, features)
-
-    @staticmethod
-    def _halved(inputs: int, outputs: int) -> nn.Sequential:
-        """Half the height and width, rounded up."""
-        return nn.Sequential(nn.Conv2d(inputs, outputs, 3, 2, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
-
-    def forward(self, images: Tensor) -> Tensor:
-        activations: Tensor = self.out(self.layers(images).mean(dim=(2, 3)))
-        return activations
-
-
 class UNetDenoiser(nn.Module):
     """A U-Net that predicts the noise and subtracts it: ``A(x) = x - g(x)``.
 

@@ -239,9 +239,6 @@ class HardenedSpec(Section):
     """A copy of the classifier that is trained on against small changes of its input (adversarial training), for detectors with
     view ``hardened``. It learns the classifier's answers; labels are not asked for."""
 
-    student: bool = False
-    """instead of a copy, a network of its own that learns from random weights: who knows the classifier knows a copy's beginning, but not
-    that. It takes several times the epochs, and a higher ``learning_rate``"""
     eps: Annotated[float, Field(gt=0, le=1)]
     """each image is changed by up to a share of this, drawn from [0, 1], in every pixel: one and a half times the changes to be seen"""
     epochs: Positive = 4

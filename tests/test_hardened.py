@@ -99,46 +99,6 @@ def test_mixed_precision_learns_as_much(report, pixels, tmp_path):
     assert left[True] < 1.2 * left[False] < before
 
 
-@pytest.fixture(scope="module")
-def students(report, tmp_path_factory):
-    spec = HardenedSpec(student=True, eps=EPS, epochs=3, batch_size=32, learning_rate=4e-3)
-    found = []
-    for seed in (0, 1):
-        weights, folder = tmp_path_factory.mktemp("weights"), tmp_path_factory.mktemp("student")
-        train_copy(spec, STAGE, report[500:2000], seed, weights)
-        export_copy(spec, STAGE, weights, report[:300], folder)
-        found.append(folder)
-    return found
-
-
-def test_a_student_comes_to_answer_as_the_classifier_does_from_weights_of_its_own(students, report):
-    assert json.loads((students[0] / HARDENED).read_text())["agreement"] > 0.7
-    own, other = (
-        {one.name: onnx.numpy_helper.to_array(one) for one in onnx.load(folder / "model.onnx").graph.initializer} for folder in students
-    )
-    kernels = [name for name, weights in own.items() if weights.ndim == 4]
-    assert len(kernels) >= 6
-    for name in kernels:
-        assert abs(np.corrcoef(own[name].ravel(), other[name].ravel())[0, 1]) < 0.2, f"{name}: two students that begin alike"
-
-
-def test_a_student_is_read_by_the_classifiers_last_layer(students, report):
-    pixels = report[:16].floats()
-    found = read_head(students[0] / "model.onnx", pixels)
-    wanted = read_head(STAGE / "model.onnx", pixels)
-    assert found.rectified == wanted.rectified
-    assert np.array_equal(found.weights, wanted.weights)
-    assert np.array_equal(found.bias, wanted.bias)
-
-
-def test_what_leads_the_classifier_astray_leads_a_student_less(students, report):
-    images = torch.from_numpy(report[:300].floats())
-    torch.manual_seed(1)
-    attacked = along_gradient(TorchGraph(STAGE / "model.onnx").named, images, EPS).numpy()
-    astray = [np.mean(labels(stage, attacked) != labels(stage, images.numpy())) for stage in (STAGE, *students)]
-    assert max(astray[1:]) < 0.6 * astray[0]
-
-
 def test_one_image_alone_is_a_batch(pixels):
     loss = loss_of(Copy(STAGE), TorchGraph(STAGE / "model.onnx").named, EPS, torch.from_numpy(pixels[:1]))
     assert torch.isfinite(loss)

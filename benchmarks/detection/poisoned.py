@@ -29,8 +29,8 @@ CLEAN_LABEL: dict[int, dict[str, Any]] = {1: {"eps": 0.3, "covered": 1.0}, 3: {"
 grey ones by what is usual for MNIST (Madry et al. 2018), which takes covers"""
 LONGER = {"wanet": 2}
 """times the images and the epochs that the others take: with as many, half of CIFAR-10's triggered images fail"""
-GUIDED_EPOCHS, COPY_EPOCHS, STUDENT_EPOCHS = 1, 2, 5
-"""at most, of a denoiser that the backdoored classifier guides and of its hardened copy or student, which have to be trained anew"""
+GUIDED_EPOCHS, HARDENED_EPOCHS = 1, 2
+"""at most, of a denoiser that the backdoored classifier guides and of its hardened copy, which therefore have to be trained anew"""
 
 
 def poisoned_guard(
@@ -83,8 +83,7 @@ def poisoned_guard(
         denoiser = denoiser.model_copy(update={"epochs": min(denoiser.epochs, GUIDED_EPOCHS)})
     hardened = subject.spec.hardened
     if hardened:
-        most = STUDENT_EPOCHS if hardened.student else COPY_EPOCHS
-        hardened = hardened.model_copy(update={"epochs": min(hardened.epochs, most)})
+        hardened = hardened.model_copy(update={"epochs": min(hardened.epochs, HARDENED_EPOCHS)})
     changed = {"name": f"{subject.name}_{name.replace('-', '_')}", "release": 1, "compare": ()}
     spec = subject.spec.model_copy(update={**changed, "classifier": classifier, "autoencoder": denoiser, "hardened": hardened})
     repository = work / "detection" / "poisoned"

@@ -32,7 +32,7 @@ from noisec.benchmarks.detection.panel import (
     leaked,
     panel,
 )
-from noisec.benchmarks.detection.poisoned import COPY_EPOCHS, GUIDED_EPOCHS, LONGER, STUDENT_EPOCHS, poisoned_guard
+from noisec.benchmarks.detection.poisoned import GUIDED_EPOCHS, HARDENED_EPOCHS, LONGER, poisoned_guard
 from noisec.benchmarks.detection.report import write_results
 from noisec.benchmarks.detection.rows import read_summary, write_summary
 from noisec.benchmarks.detection.subject import Subject
@@ -504,7 +504,7 @@ def run_benchmark(subject: Subject, plan: Plan, work: Path, out: Path, seed: int
         "calibrate": len(subject.splits.calibrate),
         "backdoored classifiers": f"the guard's own, trained on for {plan.sizes.poisoned_epochs} epochs with {plan.sizes.poisoned} images, "
         f"a part of them poisoned (WaNet: {LONGER['wanet']} times as many of both); a guided denoiser is trained anew for each, for "
-        f"{GUIDED_EPOCHS} epoch, and a hardened copy for at most {COPY_EPOCHS}, a student {STUDENT_EPOCHS}",
+        f"{GUIDED_EPOCHS} epoch, and a hardened copy for at most {HARDENED_EPOCHS}",
     }
     write_results(cells, benchmark.scores, facts, out)
     console.print(f"{out}: {len(cells)} cells")
