@@ -502,8 +502,9 @@ def run_benchmark(subject: Subject, plan: Plan, work: Path, out: Path, seed: int
         "sizes": vars(plan.sizes),
         "fit": len(subject.splits.fit),
         "calibrate": len(subject.splits.calibrate),
-        "backdoored classifiers": f"the guard's own, trained on for {plan.sizes.poisoned_epochs} epochs with {plan.sizes.poisoned} images, "
-        f"a part of them poisoned (WaNet: {LONGER['wanet']} times as many of both); a guided denoiser is trained anew for each, for "
+        "backdoored classifiers": f"the guard's own, trained on for {plan.sizes.poisoned_epochs} epochs with "
+        f"{min(plan.sizes.poisoned, len(subject.splits.train))} images, a part of them poisoned (WaNet: {LONGER['wanet']} times as many "
+        f"epochs, and images as far as there are any); a guided denoiser is trained anew for each, for "
         f"{GUIDED_EPOCHS} epoch, and a hardened copy for at most {HARDENED_EPOCHS}",
     }
     write_results(cells, benchmark.scores, facts, out)
