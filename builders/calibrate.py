@@ -232,7 +232,14 @@ def fit_scorer(spec: GuardSpec, run: StageRunner, splits: Splits, head: Head = N
 
 
 def fit_tensors(spec: GuardSpec, fit: Mapping[str, Floats], calibration: Mapping[str, Floats], head: Head) -> Scorer:
-    """The same from what the stages answered: name -> float32 [n, ...]."""
+    """The same from what the stages answered: name -> float32 [n, ...].
+
+    Raises:
+        NoisecError: the stages answer clean images with what is no number, or there are too few images for a detector.
+    """
+    for what, tensors in (("fit", fit), ("calibration", calibration)):
+        finite = [np.isfinite(rows).reshape(len(rows), -1).all(axis=1) for rows in tensors.values()]
+        _refuse_unanswered(what, np.logical_and.reduce(finite))
     level = fit[contract.NOISE_LEVEL][:, 0]
     edges = np.quantile(level, np.arange(1, spec.noise_levels) / spec.noise_levels).astype(np.float32)
     levels = np.searchsorted(edges, level, side="right")
@@ -246,7 +253,19 @@ def fit_tensors(spec: GuardSpec, fit: Mapping[str, Floats], calibration: Mapping
     if scorer.needs_together:
         sums = summed(scorer.score_each(fit)[scorer.in_sum][:, sets_scales(len(levels))])
         scorer = replace(scorer, together=fit_scale(sums))
-    return replace(scorer, calibration=np.sort(scorer.score(calibration)))
+    scores = scorer.score(calibration)
+    _refuse_unanswered("calibration", np.isfinite(scores))
+    return replace(scorer, calibration=np.sort(scores))
+
+
+def _refuse_unanswered(what: str, finite: npt.NDArray[np.bool_]) -> None:
+    """Refuse images, bool [n], that a threshold would call malicious whatever it is, or that would make it infinite."""
+    if not finite.all():
+        raise NoisecError(
+            f"{np.count_nonzero(~finite)} of {len(finite)} {what} images have activations or scores that are not finite, the first is "
+            f"image {np.flatnonzero(~finite)[0]}: the networks overflow on them, as low precisions may; set stage_precision to 'fp32', or "
+            "leave such images out"
+        )
 
 
 def image_view(tensors: Mapping[str, Floats], head: Head) -> View:

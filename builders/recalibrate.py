@@ -16,14 +16,19 @@ from noisec.builders.calibrate import fit_scorer
 from noisec.builders.card import write_card
 from noisec.builders.engine import gpus
 from noisec.builders.figures import PrecisionTable
-from noisec.builders.images import Splits
+from noisec.builders.images import Floats, Splits
 from noisec.builders.progress import console
 from noisec.builders.release import Release
 from noisec.builders.repository import read_plans, read_widths, write_repository
 from noisec.builders.stages import Infer, StageRunner, in_process, served
 from noisec.builders.variants import measured, megabytes, name_of, open_stages, summary
-from noisec.contract import LOGITS
+from noisec.contract import CLASSIFIER_OUTPUTS, LOGITS, RECONSTRUCTION
 from noisec.errors import NoisecError
+
+COMPARED = 64
+"""images on which the stages that are asked are compared with the repository's"""
+MAX_DIFFERENCE = 0.1
+"""largest difference between the same stage in two runtimes, relative to the largest answer"""
 
 
 def recalibrate(repository: Path, guard: str, work: Path, url: str | None, *, force: bool = False) -> int:
@@ -61,8 +66,10 @@ def recalibrate_with(infer: Infer, repository: Path, guard: str, work: Path, ask
     spec, stages = former.spec, former.stages
     new = spec.model_copy(update={"release": old["release"] + 1})
     splits = datasets.load_splits(spec.data, spec.seed, cache=work / "images")
+    refuse_other_stages(infer, stages, splits.report[:COMPARED].floats())
     run = StageRunner.of(spec, infer)
     scorer = fit_scorer(new, run, splits, former.scorer.head)
+    sanity.refuse(sanity.scorer_problems(scorer), force=force)
     attacked = work / str(old["attacked"])
     figures, labels = measured(new, run, scorer, splits, attacked if attacked.is_dir() else None)
     table: PrecisionTable = old["precisions"]
@@ -92,6 +99,29 @@ def recalibrate_with(infer: Infer, repository: Path, guard: str, work: Path, ask
     if not figures["attacks"]:
         console.print(f"  no attacked images in {work}: the card has no attack figures; --work names the folder of `noisec build`")
     return new.release
+
+
+def refuse_other_stages(infer: Infer, stages: dict[str, Path], images: Floats) -> None:
+    """Refuse stages that are not the repository's, as a server has that was started before the guard was built again.
+
+    Args:
+        infer: the stages that are asked
+        stages: network stage -> folder with the graph that it should have
+        images: float32 [n, C, H, W]
+
+    Raises:
+        NoisecError: they answer something else than these graphs in ONNX Runtime.
+    """
+    ask = in_process(stages)
+    for stage, names in (("autoencoder", [RECONSTRUCTION]), ("classifier", list(CLASSIFIER_OUTPUTS))):
+        own, found = ask(stage, images, names), infer(stage, images, names)
+        for name in names:
+            difference, scale = float(np.abs(found[name] - own[name]).max()), float(np.abs(own[name]).max())
+            if not difference <= MAX_DIFFERENCE * scale:
+                raise NoisecError(
+                    f"{stage}: {name} differs by {difference:.2g} from what the repository's own graph answers, at most "
+                    f"{MAX_DIFFERENCE * scale:.2g} is rounding: the server has another build loaded; restart it"
+                )
 
 
 def agreement_with_graph(stages: dict[str, Path], splits: Splits, labels: Any) -> float:

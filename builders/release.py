@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from noisec import manifest
 from noisec.builders.spec import NETWORK_STAGES, GuardSpec, spec_of
 from noisec.contract import stage_model
+from noisec.errors import NoisecError
 from noisec.python_backend.scorer.scoring import Scorer
 
 if TYPE_CHECKING:
@@ -31,8 +32,11 @@ class Release:
         """Read it.
 
         Raises:
-            NoisecError: the repository does not hold the guard, or its manifest is of another version.
+            NoisecError: the repository does not hold the guard as it was built, or its manifest is of another version.
         """
+        problems = manifest.verify(repository, name)
+        if problems:  # what is made of it would be taken for genuine
+            raise NoisecError("\n".join([f"{repository}: {name} is not as it was built; build it again", *problems[:20]]))
         content = manifest.read_manifest(repository, name)
         return cls(repository, name, content["release"], spec_of(content))
 

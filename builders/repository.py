@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +23,8 @@ from noisec.python_backend.runtimes.tensorrt.names import graph_sizes
 from noisec.python_backend.scorer import scoring
 
 SCORER_CODE = Path(scoring.__file__).parent
+UNFINISHED = ".noisec-"
+"""how the names of folders begin in which a release is written before it is put into its place"""
 NO_PLANS: Mapping[str, str] = MappingProxyType({})
 SCORING_FILES = tuple(SCORER_CODE / name for name in ("scoring.py", "detectors.py", "memory.py", "batching.py"))
 SCORER_FILES = (SCORER_CODE / "model.py", *SCORING_FILES)
@@ -208,28 +211,40 @@ def write_repository(
 ) -> None:
     """Write every model of the guard, replacing an earlier build of the same release; other releases and guards stay.
 
-    The release's manifest goes first and comes back last, so that a half-written release is known for one. Releases share their stages'
-    configurations: one whose tensors differ from those of the older releases is the only one that is served from then on.
+    Everything is written beside the models first, and then put into its place: whatever fails before, such as a disk that is full,
+    leaves the repository as it was. The release's manifest goes first and comes back last, so that a release that was put half into its
+    place is known for one. Releases share their stages' configurations: one whose tensors or files differ from those of the older releases
+    is the only one that is served from then on.
 
     Args:
         stages: ``autoencoder`` and ``classifier`` -> folder with ``model.onnx`` and, where it has any, its external data and plans
         plans: compute capability -> name of the TensorRT plan in every stage's folder; empty for the ONNX runtime
     """
-    manifest_path(repository, spec.name, spec.release).unlink(missing_ok=True)
-    for stage in contract.STAGES:
-        config = scorer_config(spec, widths) if stage == "scorer" else network_config(spec, stage, widths, plans)
-        model = repository / config.name
-        config.version_policy.CopyFrom(served_versions(model, config, spec.release))
-        folder = _fresh_version(model, spec.release)
-        for path in _stage_files(stages, stage):
-            shutil.copyfile(path, folder / path.name)
-        if stage == "scorer":
-            scorer.save(folder / "scorer.npz")
-        _write_config(model, config)
-    folder = _fresh_version(repository / spec.name, spec.release)
-    if spec.serving.layout == "single":
-        _write_single(folder, spec, stages, scorer)
-    _write_config(repository / spec.name, guard_config(spec, widths, class_names))
+    own = repository / spec.name
+    own.mkdir(parents=True, exist_ok=True)
+    for left in own.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(left)
+    try:
+        with tempfile.TemporaryDirectory(dir=own, prefix=UNFINISHED) as place:
+            new = Path(place, "new")
+            for stage in contract.STAGES:
+                config = scorer_config(spec, widths) if stage == "scorer" else network_config(spec, stage, widths, plans)
+                config.version_policy.CopyFrom(served_versions(repository / config.name, config, spec.release))
+                folder = _new_version(new, config, spec.release)
+                for path in _stage_files(stages, stage):
+                    shutil.copyfile(path, folder / path.name)
+                if stage == "scorer":
+                    scorer.save(folder / "scorer.npz")
+            folder = _new_version(new, guard_config(spec, widths, class_names), spec.release)
+            if spec.serving.layout == "single":
+                _write_single(folder, spec, stages, scorer)
+            manifest_path(repository, spec.name, spec.release).unlink(missing_ok=True)
+            for model in sorted(new.iterdir()):
+                _put_in_place(model, repository / model.name, Path(place, "former"))
+    except BaseException:
+        with suppress(OSError):  # a guard that is new leaves no empty folder
+            own.rmdir()
+        raise
 
 
 def _write_single(folder: Path, spec: GuardSpec, stages: Mapping[str, Path], scorer: scoring.Scorer) -> None:
@@ -264,11 +279,17 @@ def served_versions(model: Path, config: triton.ModelConfig, release: int) -> tr
     if not others or not (model / CONFIG).is_file():
         return everything
     old = read_config(model)
-    if (list(old.input), list(old.output), old.backend) != (list(config.input), list(config.output), config.backend):
+    if _bound(old) != _bound(config):
         return triton.ModelVersionPolicy(specific={"versions": [release]})
     if old.version_policy.WhichOneof("policy_choice") == "specific":
         return triton.ModelVersionPolicy(specific={"versions": sorted({*old.version_policy.specific.versions, release})})
     return everything
+
+
+def _bound(config: triton.ModelConfig) -> tuple[object, ...]:
+    """What every version of a stage has to go with: tensors and files, and the largest batch where plans are made for one."""
+    files = config.default_model_filename, dict(config.cc_model_filenames)
+    return list(config.input), list(config.output), config.backend, files, config.max_batch_size if config.cc_model_filenames else 0
 
 
 def read_config(model: Path) -> triton.ModelConfig:
@@ -290,15 +311,20 @@ def read_plans(repository: Path, guard: str) -> dict[str, str]:
     return dict(read_config(repository / stage_model(guard, "classifier")).cc_model_filenames)
 
 
-def _fresh_version(model: Path, release: int) -> Path:
-    """An empty version folder; the former one is moved away in one step first."""
-    folder = model / str(release)
-    if folder.exists():
-        with tempfile.TemporaryDirectory(dir=model, prefix=".noisec-") as away:
-            folder.rename(Path(away, "former"))
+def _new_version(new: Path, config: triton.ModelConfig, release: int) -> Path:
+    """The empty version folder of a model that has its configuration, below ``new``."""
+    folder = new / str(config.name) / str(release)
     folder.mkdir(parents=True)
+    (folder.parent / CONFIG).write_text(text_format.MessageToString(config))
     return folder
 
 
-def _write_config(model: Path, config: triton.ModelConfig) -> None:
-    (model / CONFIG).write_text(text_format.MessageToString(config))
+def _put_in_place(new: Path, model: Path, former: Path) -> None:
+    """Move a model's new version folder and configuration to where they are served from, and those that were there to ``former``."""
+    model.mkdir(exist_ok=True)
+    for entry in sorted(new.iterdir(), reverse=True):  # the configuration first: it fits the former versions as well
+        target = model / entry.name
+        if target.is_dir():
+            (former / model.name).mkdir(parents=True)
+            target.rename(former / model.name / entry.name)
+        entry.replace(target)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import tritonclient.grpc.aio as triton_grpc
 from tritonclient.utils import InferenceServerException
 
-from noisec.clients.requests import GuardInterface, infer_arguments, read_answer, wanted_outputs
+from noisec.clients.requests import GuardInterface, infer_arguments, read_answer, refusal, wanted_outputs
 from noisec.clients.results import Verdicts
 from noisec.errors import NoisecError
 
@@ -53,7 +53,7 @@ class AsyncGuardClient:
         except InferenceServerException as error:
             await self._client.close()
             raise NoisecError(f"{self._url}: guard {self._guard!r} cannot be asked: {error.message()}") from error
-        except NoisecError:
+        except BaseException:  # asyncio.timeout cancels
             await self._client.close()
             raise
         return self
@@ -79,6 +79,7 @@ class AsyncGuardClient:
         finally:
             for task in tasks:
                 task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)  # until then they are under way
 
     async def _in_turn(self, batch: npt.NDArray[Any], outputs: tuple[str, ...]) -> Verdicts:
         async with self._turns:
@@ -88,5 +89,5 @@ class AsyncGuardClient:
         try:
             result = await self._client.infer(self._guard, client_timeout=self._timeout, **infer_arguments(batch, outputs))
         except InferenceServerException as error:
-            raise NoisecError(f"{self._guard}: {error.message()}") from error
+            raise NoisecError(f"{self._guard}: {refusal(error, self._timeout, len(batch))}") from error
         return read_answer(result, outputs)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy.typing as npt
 import tritonclient.grpc as triton_grpc
 
-from noisec.clients.requests import GuardInterface, infer_arguments, read_answer, wanted_outputs
+from noisec.clients.requests import GuardInterface, infer_arguments, read_answer, refusal, wanted_outputs
 from noisec.clients.results import Verdicts
 from noisec.errors import NoisecError
 
@@ -40,7 +40,7 @@ class GuardClient:
         except triton_grpc.InferenceServerException as error:
             self.close()
             raise NoisecError(f"{url}: guard {guard!r} cannot be asked: {error.message()}") from error
-        except NoisecError:
+        except BaseException:
             self.close()
             raise
 
@@ -61,7 +61,7 @@ class GuardClient:
         try:
             result = self._client.infer(self.interface.guard, client_timeout=self._timeout, **infer_arguments(batch, outputs))
         except triton_grpc.InferenceServerException as error:
-            raise NoisecError(f"{self.interface.guard}: {error.message()}") from error
+            raise NoisecError(f"{self.interface.guard}: {refusal(error, self._timeout, len(batch))}") from error
         return read_answer(result, outputs)
 
     def close(self) -> None:

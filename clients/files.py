@@ -51,11 +51,12 @@ def _picture(path: Path, interface: GuardInterface) -> npt.NDArray[np.uint8]:
     try:
         with Image.open(path) as picture:
             mode, size = picture.mode, picture.size
+            transparent = mode.endswith(("A", "a")) or "transparency" in picture.info
             pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
     except Exception as error:  # on broken files decoders raise anything, from SyntaxError to struct.error
         raise NoisecError(f"{path}: not a readable picture: {error}") from error
-    if mode.startswith(("I", "F")) or "A" in mode:
-        what = "transparency" if "A" in mode else "more than 8 bits a channel"
+    if mode.startswith(("I", "F")) or transparent:
+        what = "transparency" if transparent else "more than 8 bits a channel"
         raise NoisecError(f"{path}: a picture with {what} ({mode}); save it as 8-bit grey or RGB, as the classifier is to see it")
     if size != (width, height):
         raise NoisecError(f"{path}: the picture is {size[0]} x {size[1]}; {interface.guard} takes {width} x {height}: resize it first")

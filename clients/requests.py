@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import tritonclient.grpc as triton_grpc
 from tritonclient.grpc import model_config_pb2
+from tritonclient.utils import InferenceServerException
 
 from noisec import contract
 from noisec.clients.results import Verdicts
@@ -119,3 +120,14 @@ def read_answer(result: Any, outputs: tuple[str, ...]) -> Verdicts:
         arrays[name] = array if name == contract.LOGITS else array[:, 0]
     logits = arrays[contract.LOGITS]
     return Verdicts(np.argmax(logits, axis=1), logits, *(arrays.get(name) for name in contract.VERDICT))
+
+
+def refusal(error: InferenceServerException, timeout: float, images: int) -> str:
+    """Why a request of so many images has no answer.
+
+    Args:
+        timeout: seconds that it was given
+    """
+    if error.status() == "StatusCode.DEADLINE_EXCEEDED":
+        return f"no answer to {images} images within timeout = {timeout:g} s: give a longer one, or send fewer images at a time"
+    return str(error.message())

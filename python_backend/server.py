@@ -12,7 +12,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -199,7 +199,8 @@ class EmbeddedServer:
                     if client.is_server_ready():
                         return
                 time.sleep(0.05)
-        raise NoisecError(f"{self.repository}: not ready after {self._ready_seconds} s; the end of the log:\n{self.reasons()}")
+        late = f"not ready after {self._ready_seconds:g} s: give it more with --ready-seconds"
+        raise NoisecError(f"{self.repository}: {late}; the end of the log:\n{self.reasons()}")
 
     def reasons(self) -> str:
         """The lines of the log that say what went wrong, or else its end."""
@@ -224,6 +225,8 @@ def _link(repository: Path, target: Path) -> None:
                 link = target / source.relative_to(repository)
                 if link.parent.is_symlink():  # a version folder that held no code before
                     link.parent.unlink()
+                if link.is_dir() and not link.is_symlink():  # one that held code
+                    shutil.rmtree(link)
                 link.parent.mkdir(parents=True, exist_ok=True)
                 if not link.is_symlink():
                     link.symlink_to(source)
@@ -297,14 +300,24 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def serve(repository: Path, *, host: str, http_port: int, grpc_port: int, metrics_port: int, verbose: bool) -> None:
+def serve(repository: Path, **options: Any) -> None:
     """Serve until SIGINT or SIGTERM.
+
+    Args:
+        options: of :class:`EmbeddedServer`
 
     Raises:
         NoisecError: the server cannot start, or has stopped by itself.
     """
-    server = EmbeddedServer(repository, host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port, verbose=verbose)
-    with stop_signals() as caught, server:
+    server = EmbeddedServer(repository, **options)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # while the models load; what has been started is then stopped
+    try:
+        server.start()
+    except KeyboardInterrupt:
+        print("stopped before the models were loaded", flush=True)
+        return
+    with stop_signals() as caught, ExitStack() as stack:
+        stack.callback(server.stop)
         print(f"ready: gRPC {server.grpc_url}, HTTP http://{server.http_url}, metrics {server.metrics_url}", flush=True)
         print(f"guards: {', '.join(guards(repository))}; stop with Ctrl-C", flush=True)
         while not caught:

@@ -109,6 +109,13 @@ def test_unknown_guards_and_stages_are_refused(server):
         GuardClient("127.0.0.1:9", GUARD, timeout=2)
 
 
+def test_a_request_without_an_answer_in_time_says_how_long_that_was(server, pixels):
+    with GuardClient(server.grpc_url, GUARD) as hasty:
+        hasty._timeout = 1e-4
+        with pytest.raises(NoisecError, match="no answer to 64 images within timeout = 0.0001 s: give a longer one, or send fewer images"):
+            hasty.classify(pixels)
+
+
 def test_the_asyncio_client_gives_the_same_answers(server, client, pixels):
     async def ask():
         async with AsyncGuardClient(server.grpc_url, GUARD) as connected:
@@ -119,6 +126,17 @@ def test_the_asyncio_client_gives_the_same_answers(server, client, pixels):
     assert np.array_equal(everything.labels, expected.labels)
     assert np.abs(everything.scores - expected.scores).max() < SCORE_DIFFERENCE
     assert labels.scores is None
+
+
+def test_after_an_error_nothing_of_the_asyncio_client_is_under_way(server, pixels):
+    async def ask():
+        async with AsyncGuardClient(server.grpc_url, GUARD) as connected:
+            connected._timeout = 1e-4
+            with pytest.raises(NoisecError, match="no answer to 64 images"):
+                await connected.classify(np.concatenate([pixels] * 10))
+            return len(asyncio.all_tasks())
+
+    assert asyncio.run(ask()) == 1
 
 
 def test_the_asyncio_client_names_what_is_wrong(server, pixels):

@@ -110,6 +110,17 @@ def test_an_empty_batch_is_refused(server, pixels):
             raw_request(server.grpc_url, pixels[:0])
 
 
+@pytest.mark.usefixtures("good_traffic")
+def test_an_image_that_is_sent_as_an_empty_batch_is_judged_as_the_image_that_it_is(server, pixels):
+    good = raw_request(server.grpc_url, pixels[:1])
+    image = triton_grpc.InferInput(contract.IMAGE, [1, 1, 28, 28], "FP32").set_data_from_numpy(pixels[:1])
+    image.set_shape([0, 1, 28, 28])  # Triton takes it, and drops the batch's dimension
+    with triton_grpc.InferenceServerClient(server.grpc_url) as raw:
+        for _ in range(20):
+            score = raw.infer(GUARD, [image]).as_numpy(contract.SCORE)
+            assert np.allclose(score, good.as_numpy(contract.SCORE)[0], atol=1e-3)
+
+
 UNSENDABLE = {
     "NaN": (NO_IMAGE["NaN"], r"1 of 3 images have pixels outside \[0, 1\] or NaN \(the first is image 1"),
     "0 to 255 as floats": (lambda images: images * 255, r"divide by 255, or send uint8"),

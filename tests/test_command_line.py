@@ -55,6 +55,7 @@ def test_files_that_do_not_fit_are_named(server, tmp_path):
     np.savez(tmp_path / "other.npz", pictures=np.zeros(3))
     Image.fromarray(np.arange(784, dtype=np.uint16).reshape(28, 28) * 80).save(tmp_path / "deep.png")
     Image.new("RGBA", (28, 28)).save(tmp_path / "clear.png")
+    Image.new("P", (28, 28)).save(tmp_path / "holes.png", transparency=0)
     np.save(tmp_path / "array.npy", np.zeros(3))
     (tmp_path / "array.npy").rename(tmp_path / "array.npz")
     for name, message in {
@@ -63,6 +64,7 @@ def test_files_that_do_not_fit_are_named(server, tmp_path):
         "other.npz": "other.npz: no array 'images'; it holds ['pictures']",
         "deep.png": "deep.png: a picture with more than 8 bits a channel (I;16)",
         "clear.png": "clear.png: a picture with transparency (RGBA)",
+        "holes.png": "holes.png: a picture with transparency (P)",
         "array.npz": "array.npz: not a readable npz file",
         "missing.png": "missing.png: not a readable picture",
         "missing.npz": "missing.npz: not a readable npz file",

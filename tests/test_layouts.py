@@ -28,7 +28,7 @@ from noisec.builders.torchgraph import TorchGraph
 from noisec.clients import GuardClient
 from noisec.contract import stage_model
 from noisec.errors import NoisecError
-from noisec.manifest import releases
+from noisec.manifest import read_manifest, releases, write_manifest
 from noisec.python_backend.scorer.session import open_session
 from noisec.python_backend.server import EmbeddedServer
 
@@ -169,6 +169,19 @@ def test_one_layout_in_place_of_another_is_served_after_a_refresh(fused, tmp_pat
     assert manifest.verify_repository(copy) == []
 
 
+def test_an_ensemble_in_place_of_a_single_guard_is_served_after_a_refresh(single, tmp_path, report, staged_verdicts):
+    copy = tmp_path / "copy"
+    shutil.copytree(single, copy)
+    with EmbeddedServer(copy, model_control="explicit") as server, GuardClient(server.grpc_url, GUARD) as client:
+        shutil.rmtree(copy)
+        shutil.copytree(REPOSITORY, copy)
+        server.refresh()
+        with triton_grpc.InferenceServerClient(server.grpc_url) as raw:
+            for model in [*(stage_model(GUARD, stage) for stage in contract.STAGES), GUARD]:
+                raw.load_model(model)
+        same(client.classify(report[:200].pixels), staged_verdicts)
+
+
 def test_where_a_verdict_fails_labels_are_still_given_and_no_verdict_is(blind_server, report, staged_verdicts):
     images = [
         triton_grpc.InferInput(contract.IMAGE, (1, 1, 28, 28), "FP32").set_data_from_numpy(report[[row]].floats()) for row in range(16)
@@ -282,6 +295,10 @@ def test_a_classifier_that_mixes_the_rows_of_a_batch_stays_staged(tmp_path):
     mean = helper.make_node("ReduceMean", ["own", "rows"], ["mean"], keepdims=1)
     model.graph.node.extend([mean, helper.make_node("Sub", ["own", "mean"], [contract.PENULTIMATE])])
     onnx.save(model, path)
+    with pytest.raises(NoisecError, match=r"not as it was built(.|\n)*classifier/1/model.onnx: changed since the build"):
+        rearrange(copy, GUARD, ServingSpec(layout="fused"), tmp_path / "fused")
+    content = {key: value for key, value in read_manifest(copy, GUARD).items() if key not in ("guard", "release", "files")}
+    write_manifest(copy, GUARD, 1, content)
     with pytest.raises(NoisecError, match="mixes the rows of a batch; serve it staged"):
         rearrange(copy, GUARD, ServingSpec(layout="fused"), tmp_path / "fused")
 

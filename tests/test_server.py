@@ -59,6 +59,18 @@ def test_serve_is_ready_in_ten_seconds_and_stops_without_a_trace(pixels, number)
     assert not [region for region in regions if region.exists()]
 
 
+def test_serve_stops_without_a_trace_while_it_loads():
+    process = subprocess.Popen([*SERVE, str(REPOSITORY)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (children := psutil.Process(process.pid).children(recursive=True)):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 0
+    assert "stopped before the models were loaded" in process.stdout.read()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+    assert not list(Path("/dev/shm").glob(f"noisec-{process.pid}-*"))
+
+
 def test_what_another_users_dead_server_left_stops_nobody(monkeypatch):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
@@ -155,6 +167,8 @@ BROKEN = {
     "a mean that is no number": lambda arrays: arrays | {f"{FIRST}/means": arrays[f"{FIRST}/means"] * np.float32("nan")},
     "a scale that falls": lambda arrays: arrays | {f"{FIRST}/scores": arrays[f"{FIRST}/scores"][::-1]},
     "another release": lambda arrays: arrays | {"release": np.array(7, np.int32)},
+    "a last layer that is no number": lambda arrays: arrays | {"head/bias": arrays["head/bias"] * np.float32("inf")},
+    "a noise level that is no number": lambda arrays: arrays | {"edges": arrays["edges"] * np.float32("nan")},
 }
 
 

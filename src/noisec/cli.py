@@ -187,6 +187,7 @@ def serve(
     http_port: Annotated[int, typer.Option(help="0 takes a free port.", min=0, max=65535)] = 8000,
     grpc_port: Annotated[int, typer.Option(help="0 takes a free port.", min=0, max=65535)] = 8001,
     metrics_port: Annotated[int, typer.Option(help="0 takes a free port.", min=0, max=65535)] = 8002,
+    ready_seconds: Annotated[float, typer.Option(help="How long the models may take to load.", min=1)] = 60,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print Triton's own log.")] = False,
 ) -> None:
     """Serve a model repository with the embedded Triton until Ctrl-C or SIGTERM.
@@ -195,7 +196,8 @@ def serve(
     """
     from noisec.python_backend.server import serve as serve_repository
 
-    serve_repository(repository, host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port, verbose=verbose)
+    ports = {"http_port": http_port, "grpc_port": grpc_port, "metrics_port": metrics_port}
+    serve_repository(repository, host=host, **ports, ready_seconds=ready_seconds, verbose=verbose)
 
 
 @app.command()

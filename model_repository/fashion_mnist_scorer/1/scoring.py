@@ -402,8 +402,10 @@ class Scorer:
             raise ValueError(f"fusion is {self.fusion!r}; it has to be fisher or tippett")
         if not self.detectors:
             raise ValueError("there is no detector")
-        if not (np.diff(self.edges) > 0).all():
-            raise ValueError(f"noise levels {self.edges} have to ascend")
+        if not (np.isfinite(self.edges).all() and (np.diff(self.edges) > 0).all()):
+            raise ValueError(f"noise levels {self.edges} have to be finite and ascend")
+        if not all(np.isfinite(array).all() for array in _arrays(self.head).values()):
+            raise ValueError("the classifier's last layer has values that are not finite")
         for detector in self.detectors:
             for statistic, scale in zip(detector.statistics, detector.scales, strict=True):
                 if not all(np.isfinite(array).all() for part in (statistic, scale) for array in _arrays(part).values()):
