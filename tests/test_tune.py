@@ -11,10 +11,10 @@ from conftest import GUARD, REPOSITORY
 from noisec import manifest
 from noisec.benchmarks.throughput import tuning
 from noisec.benchmarks.throughput.load import Load
-from noisec.benchmarks.throughput.tuning import Trial, Wish, axes, tune, tuning_rows, without_effect
+from noisec.benchmarks.throughput.tuning import Trial, Wish, axes, memories, tune, tuning_rows, without_effect
 from noisec.builders.layout import rearrange
 from noisec.builders.repository import read_config
-from noisec.builders.spec import GuardSpec, ServingSpec
+from noisec.builders.spec import GuardSpec, MemorySpec, ServingSpec, changed
 from noisec.errors import NoisecError
 
 
@@ -50,6 +50,15 @@ def test_what_has_no_effect_is_not_measured():
     assert without_effect(ServingSpec(layout="single"), delay)
     assert not without_effect(ServingSpec(layout="single"), {"queue_delay_microseconds": 100})
     assert not without_effect(ServingSpec(layout="fused"), delay)
+
+
+def test_several_processes_with_a_memory_each_are_told_of(spec):
+    single = ServingSpec(layout="single", instances=2)
+    remembering = changed(spec, memory=MemorySpec())
+    assert "a search by queries goes on about 2 times as long" in memories(remembering, single)
+    assert memories(spec, single) == ""
+    for serving in (ServingSpec(layout="single"), ServingSpec(layout="fused", instances=2)):
+        assert memories(remembering, serving) == ""
 
 
 def test_a_setting_within_the_bound_beats_every_one_outside():

@@ -17,7 +17,7 @@ from noisec.benchmarks.throughput.load import Generator, Load, Traffic, generato
 from noisec.benchmarks.throughput.target import CORES, Target
 from noisec.builders.layout import rearrange
 from noisec.builders.progress import bar, console
-from noisec.builders.spec import ServingSpec
+from noisec.builders.spec import GuardSpec, ServingSpec
 from noisec.errors import NoisecError
 from noisec.python_backend.server import EmbeddedServer
 
@@ -162,6 +162,16 @@ def served(target: Target, serving: ServingSpec) -> Iterator[str]:
         rearrange(target.repository, target.name, serving, Path(folder))
         with EmbeddedServer(Path(folder)) as server:
             yield server.grpc_url
+
+
+def memories(spec: GuardSpec, serving: ServingSpec) -> str:
+    """What a guard with a memory loses where several processes serve it; empty where it loses nothing."""
+    if not spec.memory or serving.layout != "single" or serving.instances == 1:
+        return ""
+    return (
+        f"each of {serving.instances} instances has a [memory] of its own: a search by queries goes on about {serving.instances} times as "
+        "long before it is noticed"
+    )
 
 
 def tuning_rows(found: Tuning) -> tuple[list[str], list[list[str]]]:

@@ -219,15 +219,18 @@ def tune(
     """
     if out is not None and (write or out.exists()):
         raise NoisecError(f"--out {out}: name a new folder, and do not give --write with it")
-    from noisec.benchmarks.throughput.tuning import Wish, tuning_rows
+    from noisec.benchmarks.throughput.tuning import Wish, memories, tuning_rows
     from noisec.benchmarks.throughput.tuning import tune as tune_guard
     from noisec.builders.layout import rearrange
+    from noisec.builders.release import Release
 
     found = tune_guard(repository, guard, Wish(goal.value, clients, batch, latency_ms), seconds, work / guard / "images")
     _show(f"{guard}: {clients} clients, {batch} images a request", *tuning_rows(found))
     console.print(
         f"best: {found.best.gain:.2f} of the present throughput" + ("" if found.complete else "; the budget ended the sweep early")
     )
+    if lost := memories(Release.newest(repository, guard).spec, found.best.serving):
+        console.print(lost)
     target = repository if write else out
     if target is not None:
         rearrange(repository, guard, found.best.serving, target)
