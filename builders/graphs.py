@@ -14,6 +14,10 @@ from noisec.errors import NoisecError
 
 REMEDY = "set layout = 'staged' and leave detectors with view 'amplified' or 'hardened' out"
 """what serves a classifier that cannot be joined"""
+JOIN, PART = "join", "part"
+"""nodes before and behind a classifier that looks at several inputs in one pass"""
+FLOATS = f"{contract.IMAGE}/floats"
+"""the image in [0, 1] in a graph that takes bytes"""
 LARGEST_FILE = 2**31 - 1
 """bytes that a protobuf file may have; weights beyond lie beside it"""
 
@@ -82,6 +86,33 @@ def apart(autoencoder: ModelProto, classifier: ModelProto) -> tuple[ModelProto, 
     outputs = [*own.graph.output, *copies.graph.output]
     both = _of_two(own, copies, [*own.graph.node, *copies.graph.node], outputs, "passes of the image")
     return only(autoencoder, [name for name in names if name not in made]), without_repeats(both)
+
+
+def with_image_pass(fused: ModelProto) -> ModelProto:
+    """A fused autoencoder stage whose one pass of the classifier takes the image as well, and gives its label.
+
+    Args:
+        fused: with the nodes `JOIN` and `PART`
+
+    Returns:
+        the stage with LOGITS and the image's penultimate activations among its outputs
+    """
+    result = ModelProto()
+    result.CopyFrom(fused)
+    graph, made = result.graph, {contract.LOGITS: contract.LOGITS, contract.PENULTIMATE: contract.PASSES["image"]}
+    join, part = (next(node for node in graph.node if node.name == name) for name in (JOIN, PART))
+    bytewise = any(FLOATS in node.output for node in graph.node)
+    join.input.append(FLOATS if bytewise else contract.IMAGE)
+    prefix, others = part.input[0].removesuffix(contract.PENULTIMATE), list(part.output)
+    graph.node.remove(part)
+    for output, name in made.items():
+        rest = others if output == contract.PENULTIMATE else [f"{prefix}{output}/{other}" for other in others]
+        graph.node.append(
+            helper.make_node("Split", [f"{prefix}{output}"], [*rest, name], f"{PART}/{name}", axis=0, num_outputs=len(others) + 1)
+        )
+        graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", None]))
+    _check(result)
+    return result
 
 
 def only(model: ModelProto, outputs: Sequence[str]) -> ModelProto:
@@ -159,16 +190,16 @@ def _same_opset(*models: ModelProto) -> list[ModelProto]:
 
 def take_bytes(model: ModelProto) -> ModelProto:
     """The same graph with IMAGE uint8 in [0, 255]: cast and divided by 255 as a client of floats does, to the last bit."""
-    graph, floats = model.graph, f"{contract.IMAGE}/floats"
+    graph = model.graph
     for node in graph.node:
         for index, name in enumerate(node.input):
             if name == contract.IMAGE:
-                node.input[index] = floats
+                node.input[index] = FLOATS
     image = next(value for value in graph.input if value.name == contract.IMAGE)
     image.type.tensor_type.elem_type = TensorProto.UINT8
     scale = helper.make_tensor("bytes/255", TensorProto.FLOAT, [], [255.0])
     cast = helper.make_node("Cast", [contract.IMAGE], ["bytes/cast"], "bytes/cast", to=TensorProto.FLOAT)
-    divide = helper.make_node("Div", ["bytes/cast", "bytes/255"], [floats], "bytes/divide")
+    divide = helper.make_node("Div", ["bytes/cast", "bytes/255"], [FLOATS], "bytes/divide")
     nodes = [cast, divide, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)

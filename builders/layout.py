@@ -13,7 +13,7 @@ from onnx import ModelProto, helper
 
 from noisec import contract, manifest
 from noisec.builders.classifier import read_model
-from noisec.builders.graphs import joined, save_model, take_bytes
+from noisec.builders.graphs import JOIN, PART, joined, save_model, take_bytes
 from noisec.builders.release import Release
 from noisec.builders.repository import fused_passes, read_plans, read_widths, write_repository
 from noisec.builders.spec import NETWORK_STAGES, GuardSpec, ServingSpec, Stage, changed
@@ -61,8 +61,8 @@ def fuse(autoencoder: ModelProto, classifier: ModelProto, spec: GuardSpec) -> Mo
     passes = fused_passes(spec)
     sources = {"noise": spec.noise_source, "reconstruction": contract.RECONSTRUCTION}
     names = [contract.PASSES[one] for one in passes]
-    join = helper.make_node("Concat", [sources[one] for one in passes], [f"classifier/{contract.IMAGE}"], "join", axis=0)
-    part = helper.make_node("Split", [f"classifier/{contract.PENULTIMATE}"], names, "part", axis=0, num_outputs=len(names))
+    join = helper.make_node("Concat", [sources[one] for one in passes], [f"classifier/{contract.IMAGE}"], JOIN, axis=0)
+    part = helper.make_node("Split", [f"classifier/{contract.PENULTIMATE}"], names, PART, axis=0, num_outputs=len(names))
     return joined(autoencoder, classifier, join, [part])
 
 

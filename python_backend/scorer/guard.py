@@ -32,7 +32,7 @@ class Guard:
 
     Args:
         directory: with ``scorer.npz``, and ``model.onnx`` in ``autoencoder``, ``classifier`` and, where the guard asks copies of the
-            classifier, ``image``
+            classifier, ``image``; elsewhere the autoencoder's may make the image's pass as well
         release: its number
         threads: compute threads of each session; 0 takes every core
 
@@ -48,8 +48,9 @@ class Guard:
         copies = directory / "image" / "model.onnx"
         self._image = open_session(copies, threads) if copies.is_file() else self._classifier
         made = {output.name for output in self._autoencoder.get_outputs()}
-        self._made = [name for name in self.scorer.inputs if name in made]
-        self._of_image = [output.name for output in self._image.get_outputs()]
+        self._made = [name for name in ("LOGITS", *self.scorer.inputs) if name in made]
+        self._of_image = [] if "LOGITS" in made else [output.name for output in self._image.get_outputs()]
+        """outputs of the image's own passes; empty where they are one with the others"""
         missing = set(self.scorer.inputs) - {*self._made, *map(_input, self._of_image)}
         if missing:
             raise ValueError(f"scorer.npz needs {sorted(missing)}, which the graphs beside it do not make")
@@ -64,10 +65,11 @@ class Guard:
         Args:
             submit: runs the image's own passes, while this thread runs the denoiser and what comes after it
         """
-        passes = submit(self._image.run, self._of_image, {"IMAGE": images})
-        made = dict(zip(self._made, self._autoencoder.run(self._made, {"IMAGE": images}), strict=True))
-        of_image = {_input(name): rows for name, rows in zip(self._of_image, passes.result(), strict=True)}
-        return {"LOGITS": of_image["LOGITS"], **self.scorer.outputs({**made, **of_image}, self.memory)}
+        passes = submit(self._image.run, self._of_image, {"IMAGE": images}) if self._of_image else None
+        tensors = dict(zip(self._made, self._autoencoder.run(self._made, {"IMAGE": images}), strict=True))
+        if passes:
+            tensors |= {_input(name): rows for name, rows in zip(self._of_image, passes.result(), strict=True)}
+        return {"LOGITS": tensors["LOGITS"], **self.scorer.outputs(tensors, self.memory)}
 
 
 def _input(output: str) -> str:
