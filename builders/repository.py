@@ -18,13 +18,11 @@ from noisec.builders.classifier import read_model
 from noisec.builders.graphs import apart, save_model, with_image_pass
 from noisec.builders.spec import GuardSpec
 from noisec.contract import stage_model
-from noisec.manifest import CONFIG, manifest_path
+from noisec.manifest import CONFIG, UNFINISHED, manifest_path
 from noisec.python_backend.runtimes.tensorrt.names import graph_sizes
 from noisec.python_backend.scorer import scoring
 
 SCORER_CODE = Path(scoring.__file__).parent
-UNFINISHED = ".noisec-"
-"""how the names of folders begin in which a release is written before it is put into its place"""
 NO_PLANS: Mapping[str, str] = MappingProxyType({})
 SCORING_FILES = tuple(SCORER_CODE / name for name in ("scoring.py", "detectors.py", "memory.py", "batching.py"))
 SCORER_FILES = (SCORER_CODE / "model.py", *SCORING_FILES)
@@ -274,8 +272,8 @@ def _stage_files(stages: Mapping[str, Path], stage: str) -> Sequence[Path]:
 
 
 def served_versions(model: Path, config: triton.ModelConfig, release: int) -> triton.ModelVersionPolicy:
-    """Which versions of a stage Triton keeps loaded: all of them while their tensors are the same, so that one release follows the other
-    without a gap; else this one and those since the tensors changed."""
+    """Which versions of a stage Triton keeps loaded: all of them while one configuration fits them, so that one release follows the other
+    without a gap; else this one and those since it changed."""
     everything = triton.ModelVersionPolicy(all={})
     others = [path for path in model.glob("[0-9]*") if path.name != str(release)]
     if not others or not (model / CONFIG).is_file():

@@ -18,7 +18,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from noisec.errors import NoisecError
-from noisec.manifest import guards, verify_repository
+from noisec.manifest import UNFINISHED, guards, verify_repository
 
 try:
     import tritonclient.grpc as triton_grpc
@@ -199,7 +199,7 @@ class EmbeddedServer:
                     if client.is_server_ready():
                         return
                 time.sleep(0.05)
-        late = f"not ready after {self._ready_seconds:g} s: give it more with --ready-seconds"
+        late = f"not ready after {self._ready_seconds:g} s: give it more (ready_seconds, or --ready-seconds)"
         raise NoisecError(f"{self.repository}: {late}; the end of the log:\n{self.reasons()}")
 
     def reasons(self) -> str:
@@ -219,7 +219,7 @@ def _link(repository: Path, target: Path) -> None:
     for link in [path for path in target.rglob("*") if path.is_symlink() and not path.exists()]:
         link.unlink()
     for model in sorted(path for path in repository.iterdir() if path.is_dir()):
-        for entry in sorted(model.iterdir()):
+        for entry in sorted(path for path in model.iterdir() if not path.name.startswith(UNFINISHED)):
             with_code = entry.is_dir() and any(entry.glob("*.py"))
             for source in [path for path in entry.iterdir() if path.name != "__pycache__"] if with_code else [entry]:
                 link = target / source.relative_to(repository)

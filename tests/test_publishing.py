@@ -65,9 +65,7 @@ def test_what_a_killed_build_left_goes_with_the_next(copy, release):
     left = copy / GUARD / ".noisec-killed" / "new"
     left.mkdir(parents=True)
     (left / "model.onnx").touch()
-    assert any("not in a manifest" in problem for problem in verify(copy, GUARD))
-    shutil.rmtree(copy / GUARD / ".noisec-killed")
-    left.mkdir(parents=True)
+    assert verify(copy, GUARD) == [], "no server looks there"
     rearrange(copy, GUARD, release.spec.serving, copy)
     assert verify(copy, GUARD) == []
     assert not list((copy / GUARD).glob(".noisec-*"))
@@ -104,8 +102,10 @@ def test_a_server_with_another_build_is_not_calibrated_on(release, report):
     own = in_process(release.stages)
     refuse_other_stages(own, release.stages, pixels)
 
-    def other(stage, images, names):
-        return {name: rows * (1.3 if name == contract.PENULTIMATE else 1) for name, rows in own(stage, images, names).items()}
+    for stage, output in (("autoencoder", contract.NOISE), ("classifier", contract.PENULTIMATE)):
 
-    with pytest.raises(NoisecError, match="classifier: PENULTIMATE differs by .* the server has another build loaded; restart it"):
-        refuse_other_stages(other, release.stages, pixels)
+        def other(stage, images, names, spoiled=output):
+            return {name: rows * (1.3 if name == spoiled else 1) for name, rows in own(stage, images, names).items()}
+
+        with pytest.raises(NoisecError, match=f"{stage}: {output} differs by 30 % .* the server has another build loaded; restart it"):
+            refuse_other_stages(other, release.stages, pixels)

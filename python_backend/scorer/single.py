@@ -19,7 +19,7 @@ from .guard import Guard, in_turn
 
 LABEL = {"LOGITS"}
 QUIET = 0.0005
-"""seconds without a request after which cores are likely free; between two requests of many clients it is a tenth of that"""
+"""seconds without a request after which another core is likely free"""
 
 
 class TritonPythonModel:
