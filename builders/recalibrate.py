@@ -28,7 +28,7 @@ from noisec.errors import NoisecError
 COMPARED = 64
 """images on which the stages that are asked are compared with the repository's"""
 MAX_DIFFERENCE = 0.25
-"""how far the same stage's answer in another runtime may lie from its own, as root mean squares, relative to the answer's: the noises of two
+"""how far the same stage's answer in another runtime may lie from its own, as root mean square, relative to the answer's: the noises of two
 trainings of one denoiser differ by half of it"""
 
 
