@@ -68,9 +68,16 @@ def pixels(report: Images) -> npt.NDArray[np.float32]:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[EmbeddedServer]:
+def started() -> Iterator[EmbeddedServer]:
     with EmbeddedServer(REPOSITORY) as running:
         yield running
+
+
+@pytest.fixture
+def server(started: EmbeddedServer) -> EmbeddedServer:
+    """One server for all tests of this process; where an earlier test has ended it, its log says why."""
+    assert started.is_alive(), f"the server has ended:\n{started.logs()[-4000:]}"
+    return started
 
 
 @pytest.fixture

@@ -100,8 +100,8 @@ def blind_server(single, tmp_path_factory) -> Iterator[EmbeddedServer]:
 
 
 @pytest.fixture(scope="module")
-def staged_verdicts(server, report):
-    with GuardClient(server.grpc_url, GUARD) as client:
+def staged_verdicts(started, report):
+    with GuardClient(started.grpc_url, GUARD) as client:
         return client.classify(report[:200].pixels)
 
 
