@@ -73,17 +73,27 @@ class AsyncGuardClient:
         """
         outputs = wanted_outputs(labels_only)
         batches = self.interface.batches(self.interface.prepare(images))
-        tasks = [asyncio.create_task(self._in_turn(batch, outputs)) for batch in batches]
+        refused: list[NoisecError] = []
+        tasks = [asyncio.create_task(self._in_turn(batch, outputs, refused)) for batch in batches]
         try:
-            return Verdicts.join(await asyncio.gather(*tasks))
+            # What has been sent is waited for: a Triton before 26.05 may not survive that a client gives it up (docs/known-issues.md).
+            parts = await asyncio.gather(*tasks)
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)  # until then they are under way
+            await asyncio.gather(*tasks, return_exceptions=True)  # where the caller has cancelled this, until they are cancelled too
+        if refused:
+            raise refused[0]
+        return Verdicts.join([part for part in parts if part is not None])
 
-    async def _in_turn(self, batch: npt.NDArray[Any], outputs: tuple[str, ...]) -> Verdicts:
+    async def _in_turn(self, batch: npt.NDArray[Any], outputs: tuple[str, ...], refused: list[NoisecError]) -> Verdicts | None:
+        """None where this or an earlier request has been refused; it is then in the list."""
         async with self._turns:
-            return await self._ask(batch, outputs)
+            if refused:
+                return None
+            try:
+                return await self._ask(batch, outputs)
+            except NoisecError as error:
+                refused.append(error)
+                return None
 
     async def _ask(self, batch: npt.NDArray[Any], outputs: tuple[str, ...]) -> Verdicts:
         try:

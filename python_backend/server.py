@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from noisec.contract import stage_model
 from noisec.errors import NoisecError
 from noisec.manifest import UNFINISHED, guards, verify_repository
 
@@ -300,6 +301,12 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def ended_by_the_impatient(repository: Path) -> list[str]:
+    """Guards with two classifier passes side by side: a Triton before 26.05, as this one, may end when a client gives up a request of theirs."""
+    configs = {guard: (repository / guard / "config.pbtxt").read_text() for guard in guards(repository)}
+    return [guard for guard, config in configs.items() if config.count(f'model_name: "{stage_model(guard, "classifier")}"') > 2]
+
+
 def serve(repository: Path, **options: Any) -> None:
     """Serve until SIGINT or SIGTERM.
 
@@ -320,6 +327,11 @@ def serve(repository: Path, **options: Any) -> None:
         stack.callback(server.stop)
         print(f"ready: gRPC {server.grpc_url}, HTTP http://{server.http_url}, metrics {server.metrics_url}", flush=True)
         print(f"guards: {', '.join(guards(repository))}; stop with Ctrl-C", flush=True)
+        if endangered := ended_by_the_impatient(repository):
+            print(
+                f"a client that gives up a request can end this server (docs/known-issues.md): serve {', '.join(endangered)} fused",
+                flush=True,
+            )
         while not caught:
             if not server.is_alive():
                 raise NoisecError(f"the server stopped by itself; the end of its log:\n{server.reasons()}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import shutil
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import tritonclient.grpc as triton_grpc
 from conftest import GUARD, REPOSITORY, images_answered
 from onnx import helper
 from pydantic import ValidationError
+from tritonclient.utils import InferenceServerException
 
 from noisec import contract, manifest
 from noisec.builders.compiling import compile_with
@@ -25,12 +27,12 @@ from noisec.builders.repository import read_config
 from noisec.builders.spec import EngineOptions, GuardSpec, ServingSpec
 from noisec.builders.stages import StageRunner, in_process
 from noisec.builders.torchgraph import TorchGraph
-from noisec.clients import GuardClient
+from noisec.clients import AsyncGuardClient, GuardClient
 from noisec.contract import stage_model
 from noisec.errors import NoisecError
 from noisec.manifest import read_manifest, releases, write_manifest
 from noisec.python_backend.scorer.session import open_session
-from noisec.python_backend.server import EmbeddedServer
+from noisec.python_backend.server import EmbeddedServer, ended_by_the_impatient
 
 
 def spec_of(repository: Path) -> GuardSpec:
@@ -139,6 +141,38 @@ def test_one_process_takes_bytes(single_bytes, report, staged_verdicts):
     with EmbeddedServer(single_bytes) as server, GuardClient(server.grpc_url, GUARD) as client:
         same(client.classify(report[:200].pixels), staged_verdicts)
         assert client.classify(report[:64].pixels, labels_only=True).labels.tolist() == staged_verdicts.labels[:64].tolist()
+
+
+def test_a_request_without_an_answer_in_time_says_how_long_that_was(single_server, pixels):
+    late = "no answer to 64 images within timeout = 0.0001 s: give a longer one, or send fewer images"
+    with GuardClient(single_server.grpc_url, GUARD) as hasty:
+        hasty._timeout = 1e-4
+        with pytest.raises(NoisecError, match=late):
+            hasty.classify(pixels)
+
+    async def ask():
+        async with AsyncGuardClient(single_server.grpc_url, GUARD) as hasty:
+            hasty._timeout = 1e-4
+            with pytest.raises(NoisecError, match=late):
+                await hasty.classify(pixels)
+
+    asyncio.run(ask())
+
+
+def test_guards_that_impatient_clients_can_end_are_told(fused, single):
+    assert ended_by_the_impatient(REPOSITORY) == [GUARD]
+    assert ended_by_the_impatient(fused) == ended_by_the_impatient(single) == []
+
+
+def test_impatient_clients_do_not_end_a_guard_in_one_process(single_server, pixels):
+    """As they end the embedded server with a staged guard after some dozens of requests: Triton before 26.05."""
+    image = triton_grpc.InferInput(contract.IMAGE, (64, 1, 28, 28), "FP32").set_data_from_numpy(pixels[:64])
+    with triton_grpc.InferenceServerClient(single_server.grpc_url) as raw, GuardClient(single_server.grpc_url, GUARD) as patient:
+        expected = patient.classify(pixels[:20])
+        for turn in range(200):
+            with pytest.raises(InferenceServerException, match="Deadline Exceeded"):
+                raw.infer(GUARD, [image], client_timeout=0.001 + 0.0001 * (turn % 50))
+        same(patient.classify(pixels[:20]), expected)
 
 
 def test_no_image_is_malicious_in_one_process_too(single_server, pixels):
