@@ -302,7 +302,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def ended_by_the_impatient(repository: Path) -> list[str]:
-    """Guards with two classifier passes side by side: a Triton before 26.05, as this one, may end when a client gives up a request of theirs."""
+    """Guards with two classifier passes side by side: Triton before 26.05 may end when a client gives up a request of theirs."""
     configs = {guard: (repository / guard / "config.pbtxt").read_text() for guard in guards(repository)}
     return [guard for guard, config in configs.items() if config.count(f'model_name: "{stage_model(guard, "classifier")}"') > 2]
 
