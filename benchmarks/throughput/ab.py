@@ -26,6 +26,7 @@ import psutil
 
 from noisec import contract
 from noisec.benchmarks.throughput.load import Generator, Traffic, generator, triton
+from noisec.benchmarks.throughput.rows import in_turns
 from noisec.benchmarks.throughput.target import Target
 from noisec.builders.figures import markdown_table
 from noisec.contract import STAGES
@@ -85,15 +86,14 @@ def compare(arms: Sequence[Arm], guard: str, outputs: Sequence[str], setting: st
     rates: dict[str, list[float]] = defaultdict(list)
     middles: dict[str, list[float]] = defaultdict(list)
     used: dict[str, list[dict[str, float]]] = defaultdict(list)
-    for turn in range(rounds):
-        for arm in arms if turn % 2 else arms[::-1]:
-            before = arm.cpu()
-            load = arm.load.closed([Traffic(partial(triton, arm.url, guard, outputs), batch)], clients, seconds)
-            after = arm.cpu()
-            rates[arm.name].append(load.per_second)
-            middles[arm.name].append(load.p50_ms)
-            # The warm-up's images count in the time but not in the load: the same share for every arm.
-            used[arm.name].append({part: 1e6 * (after[part] - before[part]) / load.images for part in after})
+    for arm in in_turns(rounds, arms):
+        before = arm.cpu()
+        load = arm.load.closed([Traffic(partial(triton, arm.url, guard, outputs), batch)], clients, seconds)
+        after = arm.cpu()
+        rates[arm.name].append(load.per_second)
+        middles[arm.name].append(load.p50_ms)
+        # The warm-up's images count in the time but not in the load: the same share for every arm.
+        used[arm.name].append({part: 1e6 * (after[part] - before[part]) / load.images for part in after})
     first = arms[0].name
     rows = []
     for arm in arms:

@@ -11,7 +11,7 @@ from noisec.benchmarks.throughput.load import Generator, Sender, Traffic
 from noisec.benchmarks.throughput.peers.environments import prepare
 from noisec.benchmarks.throughput.peers.registry import PEERS, Peer, Settings
 from noisec.benchmarks.throughput.peers.running import Running, running
-from noisec.benchmarks.throughput.rows import GUARD, Part, Row, of_load
+from noisec.benchmarks.throughput.rows import GUARD, Part, Row, in_turns, of_load
 from noisec.benchmarks.throughput.target import Target
 from noisec.errors import NoisecError
 
@@ -58,9 +58,9 @@ def compare_peer(
         rows: list[Row] = []
         with running(peer, environment, target.repository, target.name, settings) as server:
             connect = partial(connection, peer.name, target.name, server.port)
-            for batch, clients in [one for _ in range(turns) for one in chosen]:
-                others = {GUARD: own(batch)} if beside else {}
-                for what, traffic in {peer.name: Traffic(connect, batch), **others}.items():
+            for batch, clients in chosen:
+                others = [(GUARD, own(batch))] if beside else []
+                for what, traffic in in_turns(turns, [(peer.name, Traffic(connect, batch)), *others]):
                     found = load.closed([traffic], clients, seconds)
                     note = "" if what == GUARD else f"{settings}; {peer.encoding}"
                     rows.append(of_load(part, what, found, batch, clients, note=note))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import median
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 from noisec.benchmarks.throughput.limit import Speed
 from noisec.benchmarks.throughput.load import Load
 from noisec.benchmarks.throughput.perf import Perf
 
+Compared = TypeVar("Compared")
 Part = Literal[
     "limit",
     "batches and clients",
@@ -57,6 +58,13 @@ class Row:
     p99_ms: float
     failed: int
     note: str = ""
+
+
+def in_turns(rounds: int, compared: Sequence[Compared]) -> Iterator[Compared]:
+    """Each once in every round, in the opposite order in every second one: what follows another load finds colder caches than what follows
+    its own kind, and that must not be the same one's lot every time."""
+    for turn in range(rounds):
+        yield from compared[::-1] if turn % 2 else compared
 
 
 def of_speed(part: Part, speed: Speed) -> Row:

@@ -17,7 +17,7 @@ import numpy as np
 
 from noisec import contract, manifest
 from noisec.benchmarks.throughput import statistics
-from noisec.benchmarks.throughput.limit import What, fastest, processes, sweep
+from noisec.benchmarks.throughput.limit import Processes, What, fastest, processes, sweep
 from noisec.benchmarks.throughput.load import Connect, Generator, Traffic, generator, triton
 from noisec.benchmarks.throughput.perf import PerfAnalyzer, find_perf_analyzer, write_images
 from noisec.benchmarks.throughput.report import write_results
@@ -30,6 +30,7 @@ from noisec.benchmarks.throughput.rows import (
     Row,
     by_setting,
     choose,
+    in_turns,
     middle,
     of_load,
     of_perf,
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 
 CONTENDERS = 2
 """settings that a sweep passes on: the best of one short measurement each may have been lucky"""
+SHORTER = 3
+"""by which turns are shorter and more where what is compared differs by a few per cent"""
 SOAK_LOAD, SOAK_CHUNK = 0.8, 10.0
 """share of the throughput, and seconds between two looks at the memory"""
 MIXED = ((1, contract.OUTPUTS, 0.5), (1, (contract.LOGITS,), 0.2), (8, contract.OUTPUTS, 0.2), (8, contract.VERDICT, 0.1))
@@ -150,34 +153,35 @@ class Benchmark:
             limits = [
                 (one, stack.enter_context(processes(self.target, self.images, one.processes, one.threads))) for one in self.best_limits
             ]
-            for _ in range(self.plan.rounds):
-                for one, computing in limits:
-                    self.rows.append(of_speed("side by side", computing.measure("guard", one.batch, self.plan.seconds)))
-                for batch, clients in sorted(loads | {(1, MANY)}):
-                    with self._observed(f"batch {batch} from {clients} clients"):
-                        self._perf("side by side", batch, clients)
+            for measure in in_turns(
+                self.plan.rounds,
+                [
+                    *(partial(self._compute, "side by side", computing, GUARD, one.batch) for one, computing in limits),
+                    *(partial(self._watched, batch, clients) for batch, clients in sorted(loads | {(1, MANY)})),
+                ],
+            ):
+                measure()
         self.best = by_setting(choose(self.rows, "side by side", tool="perf_analyzer"))[0][0]
         if self.processes:
             self._perf("shared memory", self.best.batch, self.best.clients, shared_memory=True)
 
     def labels(self) -> None:
-        """Label-only requests to the guard, and the same requests to the bare classifier, in turns."""
-        models = {LABELS: self.target.name, CLASSIFIER: self.target.classifier}
-        for _ in range(self.plan.rounds):
-            for batch, clients in sorted({(self.best.batch, self.best.clients), (1, MANY)}):
-                for what, model in models.items():
-                    traffic = Traffic(self._connect(model, (contract.LOGITS,)), batch)
-                    found = self.load.closed([traffic], clients, self.plan.seconds)
-                    self.rows.append(of_load("labels", what, found, batch, clients))
+        """Label-only requests to the guard, and the same requests to the bare classifier, in many short turns: they differ by little."""
+        models = [(LABELS, self.target.name), (CLASSIFIER, self.target.classifier)]
+        for batch, clients in sorted({(self.best.batch, self.best.clients), (1, MANY)}):
+            for what, model in in_turns(SHORTER * self.plan.rounds, models):
+                traffic = Traffic(self._connect(model, (contract.LOGITS,)), batch)
+                found = self.load.closed([traffic], clients, self.plan.seconds / SHORTER)
+                self.rows.append(of_load("labels", what, found, batch, clients))
 
     def one_client(self) -> None:
         """One single-threaded process, and one client, both with one image at a time, in turns; and the same of the bare classifier, which
         shows how much of what a server adds is requests and messages."""
         with processes(self.target, self.images, 1, 1) as computing:
-            for _ in range(self.plan.rounds):
-                for what in (GUARD, CLASSIFIER):
-                    self.rows.append(of_speed("one client", computing.measure(what, 1, self.plan.seconds)))
-                    self._perf("one client", 1, 1, what)
+            asked = [partial(self._perf, "one client", 1, 1, what) for what in (GUARD, CLASSIFIER)]
+            computed = [partial(self._compute, "one client", computing, what, 1) for what in (GUARD, CLASSIFIER)]
+            for measure in in_turns(self.plan.rounds, [*asked, *computed]):
+                measure()
 
     def arrivals(self) -> None:
         """Single images at Poisson arrivals, at shares of the throughput that many clients reach."""
@@ -229,6 +233,13 @@ class Benchmark:
         model = {GUARD: self.target.name, CLASSIFIER: self.target.classifier}[what]
         found = self.perf.measure(self.url, model, self.data, batch, clients, self.plan.seconds, shared_memory=shared_memory)
         self.rows.append(of_perf(part, what, found, note="shared memory" if shared_memory else ""))
+
+    def _compute(self, part: Part, computing: Processes, what: What, batch: int) -> None:
+        self.rows.append(of_speed(part, computing.measure(what, batch, self.plan.seconds)))
+
+    def _watched(self, batch: int, clients: int) -> None:
+        with self._observed(f"batch {batch} from {clients} clients"):
+            self._perf("side by side", batch, clients)
 
     @contextmanager
     def _observed(self, during: str) -> Iterator[None]:
