@@ -301,7 +301,7 @@ class ServingSpec(Section):
     instances: Positive = 1
     """copies of each network stage, or of a guard in one process, on each GPU or on the CPU"""
     max_queue_size: Annotated[int, Field(ge=0)] = 0
-    """requests that may wait for a network stage, or for a guard in one process; more are refused at once. 0: any number"""
+    """requests that may wait for a guard in one process; more are refused at once. 0: any number"""
 
 
 class GuardSpec(Section):
@@ -379,6 +379,15 @@ class GuardSpec(Section):
     def _one_process_on_the_processor(self) -> GuardSpec:
         if self.serving.layout == "single" and self.runtime != "onnxruntime":
             raise ValueError("serving.layout = 'single' goes with runtime = 'onnxruntime', on the CPU; TensorRT stages are staged or fused")
+        return self
+
+    @model_validator(mode="after")
+    def _no_stage_refuses_requests(self) -> GuardSpec:
+        if self.serving.max_queue_size and self.serving.layout != "single":
+            raise ValueError(
+                f"serving.max_queue_size = {self.serving.max_queue_size} goes with layout 'single': a full queue of an ensemble's stage ends "
+                "Triton before 26.05 (docs/known-issues.md)"
+            )
         return self
 
     @property

@@ -6,6 +6,7 @@ import asyncio
 import queue
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,26 @@ def test_impatient_clients_do_not_end_a_guard_in_one_process(single_server, pixe
             with pytest.raises(InferenceServerException, match="Deadline Exceeded"):
                 raw.infer(GUARD, [image], client_timeout=0.001 + 0.0001 * (turn % 50))
         same(patient.classify(pixels[:20]), expected)
+
+
+def test_a_full_queue_refuses_requests_and_answers_the_others(tmp_path_factory, pixels):
+    repository = arranged(tmp_path_factory, layout="single", max_queue_size=2)
+    with EmbeddedServer(repository) as running, GuardClient(running.grpc_url, GUARD) as client, ThreadPoolExecutor(12) as many:
+
+        def ask(turn):
+            try:
+                return client.classify(pixels[:64])
+            except NoisecError as error:
+                return error
+
+        expected, found = ask(0), list(many.map(ask, range(96)))
+        refused = [one for one in found if isinstance(one, NoisecError)]
+        answered = [one for one in found if not isinstance(one, NoisecError)]
+        assert refused
+        assert answered
+        assert all("Exceeds maximum queue size" in str(error) for error in refused)
+        for verdicts in [*answered, ask(0)]:
+            same(verdicts, expected)
 
 
 def test_no_image_is_malicious_in_one_process_too(single_server, pixels):
@@ -345,6 +366,10 @@ def test_what_does_not_go_together_is_refused(fused, single, tmp_path):
         GuardSpec.model_validate({**content, "runtime": "tensorrt", "serving": {"layout": "fused", "input": "uint8"}})
     with pytest.raises(ValidationError, match="'single' goes with runtime = 'onnxruntime'"):
         GuardSpec.model_validate({**content, "runtime": "tensorrt", "serving": {"layout": "single"}})
+    with pytest.raises(
+        ValidationError, match="serving.max_queue_size = 9 goes with layout 'single': a full queue .* ends Triton before 26.05"
+    ):
+        GuardSpec.model_validate({**content, "serving": {"layout": "fused", "max_queue_size": 9}})
     with pytest.raises(NoisecError, match="fashion_mnist cannot be changed so:\n.*'single' goes with runtime = 'onnxruntime'"):
         compile_with(None, "9.0", single, GUARD, EngineOptions())
     assert releases(single, GUARD) == [1]

@@ -149,7 +149,7 @@ def test_instances_and_queue_are_as_the_specification_says(spec):
     plain = network_config(spec, "classifier", widths)
     assert plain.instance_group[0].count == 1
     assert not plain.dynamic_batching.HasField("default_queue_policy")
-    serving = spec.serving.model_copy(update={"instances": 3, "max_queue_size": 500})
+    serving = spec.serving.model_copy(update={"layout": "single", "instances": 3, "max_queue_size": 500})
     config = network_config(spec.model_copy(update={"serving": serving}), "classifier", widths, {"9.0": "model_sm90.plan"})
     assert config.instance_group[0].count == 3
     assert config.dynamic_batching.default_queue_policy.max_queue_size == 500
