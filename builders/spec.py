@@ -385,8 +385,8 @@ class GuardSpec(Section):
     def _no_stage_refuses_requests(self) -> GuardSpec:
         if self.serving.max_queue_size and self.serving.layout != "single":
             raise ValueError(
-                f"serving.max_queue_size = {self.serving.max_queue_size} goes with layout 'single': a full queue of an ensemble's stage ends "
-                "Triton before 26.05 (docs/known-issues.md)"
+                f"serving.max_queue_size = {self.serving.max_queue_size} goes with layout 'single': a full queue of an ensemble's stage "
+                "ends Triton before 26.05 (docs/known-issues.md)"
             )
         return self
 
