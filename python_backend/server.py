@@ -327,11 +327,8 @@ def serve(repository: Path, **options: Any) -> None:
         stack.callback(server.stop)
         print(f"ready: gRPC {server.grpc_url}, HTTP http://{server.http_url}, metrics {server.metrics_url}", flush=True)
         print(f"guards: {', '.join(guards(repository))}; stop with Ctrl-C", flush=True)
-        if endangered := ended_by_the_impatient(repository):
-            print(
-                f"a client that gives up a request can end this server (docs/known-issues.md): serve {', '.join(endangered)} fused",
-                flush=True,
-            )
+        if endangered := ", ".join(ended_by_the_impatient(repository)):
+            print(f"clients that give up can end this server: noisec arrange copies {endangered} fused (docs/known-issues.md)", flush=True)
         while not caught:
             if not server.is_alive():
                 raise NoisecError(f"the server stopped by itself; the end of its log:\n{server.reasons()}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import queue
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -356,6 +358,22 @@ def test_a_classifier_that_mixes_the_rows_of_a_batch_stays_staged(tmp_path):
     write_manifest(copy, GUARD, 1, content)
     with pytest.raises(NoisecError, match="mixes the rows of a batch; serve it staged"):
         rearrange(copy, GUARD, ServingSpec(layout="fused"), tmp_path / "fused")
+
+
+def test_a_guard_is_arranged_from_the_command_line(tmp_path):
+    def arrange(*options):
+        command = ["arrange", str(REPOSITORY), "--guard", GUARD, "--out", str(tmp_path / "new"), *options]
+        return subprocess.run([sys.executable, "-m", "noisec", *command], capture_output=True, text=True)
+
+    assert "say what to change" in arrange().stderr
+    assert "max_queue_size = 9 goes with layout 'single'" in arrange("--max-queue-size", "9").stderr
+    assert not (tmp_path / "new").exists()
+    done = arrange("--layout", "single", "--input", "uint8", "--instances", "2", "--max-queue-size", "9")
+    assert done.returncode == 0, done.stderr
+    serving = spec_of(tmp_path / "new").serving
+    assert serving == ServingSpec(layout="single", input="uint8", instances=2, max_queue_size=9)
+    assert manifest.verify_repository(tmp_path / "new") == []
+    assert "name a new folder" in arrange("--layout", "fused").stderr
 
 
 def test_what_does_not_go_together_is_refused(fused, single, tmp_path):

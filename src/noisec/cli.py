@@ -61,6 +61,21 @@ class Goal(str, Enum):
     LATENCY = "latency"
 
 
+class Layout(str, Enum):
+    """How a guard is cut into models."""
+
+    STAGED = "staged"
+    FUSED = "fused"
+    SINGLE = "single"
+
+
+class Pixels(str, Enum):
+    """What clients send."""
+
+    FLOAT32 = "float32"
+    UINT8 = "uint8"
+
+
 Repository = Annotated[Path, typer.Argument(help="Model repository: a folder with one or more guards.")]
 Url = Annotated[str, typer.Option("--url", "-u", help="gRPC address of the server.")]
 GuardName = Annotated[str, typer.Option("--guard", "-g", help="Name of the guard.")]
@@ -235,6 +250,35 @@ def tune(
     if target is not None:
         rearrange(repository, guard, found.best.serving, target)
         console.print(f"{target}: {guard} is written with the best settings; a running server takes them when it starts again")
+
+
+@app.command()
+def arrange(
+    repository: Repository,
+    guard: GuardName,
+    out: Annotated[Path, typer.Option("--out", "-o", help="New folder for the copy.")],
+    layout: Annotated[Layout | None, typer.Option(help="A model for each stage, two network stages side by side, or one process.")] = None,
+    pixels: Annotated[Pixels | None, typer.Option("--input", help="What clients send; bytes go with fused and single.")] = None,
+    instances: Annotated[int | None, typer.Option(help="Copies of each network stage, or of the process.", min=1)] = None,
+    max_queue_size: Annotated[int | None, typer.Option(help="Requests that may wait, with single; 0 for any number.", min=0)] = None,
+) -> None:
+    """Copy a guard's newest release with other serving settings, which `noisec tune` would find by measuring. The verdicts stay.
+
+    Example: `noisec arrange model_repository --guard fashion_mnist --layout fused --out fused`
+    """
+    if out.exists():
+        raise NoisecError(f"--out {out}: it exists already; name a new folder")
+    from noisec.builders.layout import rearrange
+    from noisec.builders.release import Release
+    from noisec.builders.spec import changed
+
+    given = {"layout": layout and layout.value, "input": pixels and pixels.value, "instances": instances, "max_queue_size": max_queue_size}
+    asked = {name: value for name, value in given.items() if value is not None}
+    if not asked:
+        raise NoisecError(f"{guard} stays as it is: say what to change, such as --layout fused")
+    former = Release.newest(repository, guard).spec
+    rearrange(repository, guard, changed(former, serving={**former.serving.model_dump(), **asked}).serving, out)
+    console.print(f"{out}: {guard} is written with {', '.join(f'{name} = {value}' for name, value in asked.items())}")
 
 
 @app.command()
