@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -280,6 +283,26 @@ def test_an_interrupted_step_is_not_taken_for_a_finished_one(tmp_path):
     assert bench.step("train", {"epochs": 1}, make) == done
     assert bench.step("train", {"epochs": 2}, make) != done
     assert len(runs) == 3
+
+
+def test_a_step_that_two_ask_for_at_once_is_made_once(tmp_path):
+    from noisec.builders.workbench import Workbench
+
+    runs, begun = [], threading.Event()
+
+    def make(folder: Path) -> None:
+        runs.append(folder)
+        begun.set()
+        time.sleep(0.5)
+        (folder / "whole").touch()
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(Workbench(tmp_path).step, "train", {"epochs": 1}, make)
+        assert begun.wait(10)
+        second = pool.submit(Workbench(tmp_path).step, "train", {"epochs": 1}, make)
+        assert first.result() == second.result()
+    assert len(runs) == 1
+    assert (first.result() / "whole").is_file()
 
 
 def test_an_interrupted_step_leaves_nothing_to_another_one_of_its_kind(tmp_path):

@@ -33,6 +33,7 @@ EXTRAS = {
         "pydantic",
         "pooch",
         "art",
+        "filelock",
         "matplotlib",
         "tomli",
         "packaging",
