@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from noisec import contract
 from noisec.benchmarks.throughput.load import Generator, Load, Traffic, generator, triton
+from noisec.benchmarks.throughput.rows import in_turns
 from noisec.benchmarks.throughput.target import CORES, Target
 from noisec.builders.layout import rearrange
 from noisec.builders.progress import bar, console
@@ -146,9 +147,11 @@ def tune(repository: Path, guard: str, wish: Wish, seconds: float, cache: Path, 
 
 
 def _in_turns(measure: partial[Load], serving: ServingSpec, present: str, other: str) -> Trial:
-    turns = [(measure(present), measure(other)) for _ in range(ROUNDS)]
-    loads = sorted((new for _, new in turns), key=lambda load: load.per_second)
-    return Trial(serving, loads[len(loads) // 2], statistics.median(new.per_second / old.per_second for old, new in turns))
+    loads: dict[str, list[Load]] = {present: [], other: []}
+    for url in in_turns(ROUNDS, [present, other]):
+        loads[url].append(measure(url))
+    gain = statistics.median(new.per_second / old.per_second for old, new in zip(*loads.values(), strict=True))
+    return Trial(serving, sorted(loads[other], key=lambda load: load.per_second)[ROUNDS // 2], gain)
 
 
 def _measure(load: Generator, guard: str, wish: Wish, seconds: float, url: str) -> Load:
