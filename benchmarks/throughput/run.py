@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 
 CONTENDERS = 2
 """settings that a sweep passes on: the best of one short measurement each may have been lucky"""
-SHORTER = 3
-"""by which turns are shorter and more where what is compared differs by a few per cent"""
+MORE = 3
+"""times as many turns where what is compared differs by a few per cent"""
 SOAK_LOAD, SOAK_CHUNK = 0.8, 10.0
 """share of the throughput, and seconds between two looks at the memory"""
 MIXED = ((1, contract.OUTPUTS, 0.5), (1, (contract.LOGITS,), 0.2), (8, contract.OUTPUTS, 0.2), (8, contract.VERDICT, 0.1))
@@ -166,12 +166,12 @@ class Benchmark:
             self._perf("shared memory", self.best.batch, self.best.clients, shared_memory=True)
 
     def labels(self) -> None:
-        """Label-only requests to the guard, and the same requests to the bare classifier, in many short turns: they differ by little."""
+        """Label-only requests to the guard, and the same requests to the bare classifier, in many turns: they differ by little."""
         models = [(LABELS, self.target.name), (CLASSIFIER, self.target.classifier)]
         for batch, clients in sorted({(self.best.batch, self.best.clients), (1, MANY)}):
-            for what, model in in_turns(SHORTER * self.plan.rounds, models):
+            for what, model in in_turns(MORE * self.plan.rounds, models):
                 traffic = Traffic(self._connect(model, (contract.LOGITS,)), batch)
-                found = self.load.closed([traffic], clients, self.plan.seconds / SHORTER)
+                found = self.load.closed([traffic], clients, self.plan.seconds)
                 self.rows.append(of_load("labels", what, found, batch, clients))
 
     def one_client(self) -> None:
