@@ -22,6 +22,7 @@ from noisec.errors import NoisecError
 from noisec.manifest import UNFINISHED, guards, verify_repository
 
 try:
+    import psutil
     import tritonclient.grpc as triton_grpc
     from pytriton.server.python_backend_config import PythonBackendConfig
     from pytriton.server.triton_server import TritonServer
@@ -148,9 +149,12 @@ class EmbeddedServer:
         _link(self.repository, self._folder / "models")
 
     def stop(self) -> None:
-        """Let requests in flight finish, end the process and remove what it left in /dev/shm. May be called twice."""
+        """Let requests in flight finish, end the process and remove what it left: Python processes, where it ended by itself, and memory in
+        /dev/shm. May be called twice."""
         if self._server is not None:
             self._server.stop()
+        if self._folder is not None:
+            _end_processes_of(self._folder)
         for region in Path("/dev/shm").glob(f"{self._region}*"):
             with suppress(FileNotFoundError):
                 region.unlink()
@@ -231,6 +235,14 @@ def _link(repository: Path, target: Path) -> None:
                 link.parent.mkdir(parents=True, exist_ok=True)
                 if not link.is_symlink():
                     link.symlink_to(source)
+
+
+def _end_processes_of(folder: Path) -> None:
+    """Triton that was killed, or that has crashed, leaves the processes of its Python backend."""
+    for process in psutil.process_iter(["cmdline"]):
+        if (process.info["cmdline"] or [""])[0].startswith(f"{folder}/"):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def _remove_abandoned() -> None:

@@ -108,6 +108,19 @@ def test_a_killed_parent_leaves_no_orphans():
     assert not list(Path("/dev/shm").glob(f"noisec-{process.pid}-*"))
 
 
+def test_a_server_that_was_killed_leaves_no_processes():
+    server = EmbeddedServer(REPOSITORY).start()
+    (triton,) = [child for child in psutil.Process().children() if f"--grpc-port={server.grpc_port}" in child.cmdline()]
+    stubs = triton.children(recursive=True)
+    assert len(stubs) >= 3
+    triton.kill()
+    while server.is_alive():
+        time.sleep(0.05)
+    server.stop()
+    _, alive = psutil.wait_procs(stubs, timeout=10)
+    assert not alive
+
+
 def test_a_taken_port_is_named():
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
