@@ -11,6 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -108,16 +110,26 @@ def test_a_killed_parent_leaves_no_orphans():
     assert not list(Path("/dev/shm").glob(f"noisec-{process.pid}-*"))
 
 
-def test_a_server_that_was_killed_leaves_no_processes():
+def test_a_busy_server_that_was_killed_leaves_no_processes(pixels):
     server = EmbeddedServer(REPOSITORY).start()
     (triton,) = [child for child in psutil.Process().children() if f"--grpc-port={server.grpc_port}" in child.cmdline()]
     stubs = triton.children(recursive=True)
     assert len(stubs) >= 3
-    triton.kill()
-    while server.is_alive():
-        time.sleep(0.05)
-    server.stop()
-    _, alive = psutil.wait_procs(stubs, timeout=10)
+
+    def ask():
+        with suppress(NoisecError), GuardClient(server.grpc_url, GUARD) as client:
+            while True:
+                client.classify(pixels)
+
+    with ThreadPoolExecutor(3) as clients:
+        for _ in range(3):
+            clients.submit(ask)
+        time.sleep(0.5)
+        triton.kill()
+        while server.is_alive():
+            time.sleep(0.05)
+        server.stop()
+    _, alive = psutil.wait_procs(stubs, timeout=5)
     assert not alive
 
 
