@@ -69,31 +69,33 @@ class AsyncGuardClient:
             labels_only: ask only for the classifier's answer; the server then runs only the classifier
 
         Raises:
-            NoisecError: the images do not fit, the server refused, or it left out an output.
+            NoisecError: the images do not fit, the server refused, or it left out an output; of several refusals, that of the images
+                that come first.
         """
         outputs = wanted_outputs(labels_only)
         batches = self.interface.batches(self.interface.prepare(images))
-        refused: list[NoisecError] = []
+        refused = asyncio.Event()
         tasks = [asyncio.create_task(self._in_turn(batch, outputs, refused)) for batch in batches]
         try:
             # What has been sent is waited for: a Triton before 26.05 may not survive that a client gives it up (docs/known-issues.md).
             parts = await asyncio.gather(*tasks)
         finally:
             await asyncio.gather(*tasks, return_exceptions=True)  # where the caller has cancelled this, until they are cancelled too
-        if refused:
-            raise refused[0]
-        return Verdicts.join([part for part in parts if part is not None])
+        for part in parts:
+            if isinstance(part, NoisecError):
+                raise part
+        return Verdicts.join([part for part in parts if isinstance(part, Verdicts)])
 
-    async def _in_turn(self, batch: npt.NDArray[Any], outputs: tuple[str, ...], refused: list[NoisecError]) -> Verdicts | None:
-        """None where this or an earlier request has been refused; it is then in the list."""
+    async def _in_turn(self, batch: npt.NDArray[Any], outputs: tuple[str, ...], refused: asyncio.Event) -> Verdicts | NoisecError | None:
+        """The answer, or why there is none; None where another request was refused before this one was sent."""
         async with self._turns:
-            if refused:
+            if refused.is_set():
                 return None
             try:
                 return await self._ask(batch, outputs)
             except NoisecError as error:
-                refused.append(error)
-                return None
+                refused.set()
+                return error
 
     async def _ask(self, batch: npt.NDArray[Any], outputs: tuple[str, ...]) -> Verdicts:
         try:
