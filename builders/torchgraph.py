@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,8 @@ def _slice(
     return tensor[tuple(chosen)]
 
 
-def _gather(attributes: Mapping[str, Any], tensor: Tensor, places: list[int] | int) -> Tensor:
-    axis, index = attributes.get("axis", 0) % tensor.ndim, torch.tensor(places, device=tensor.device)
+def _gather(attributes: Mapping[str, Any], tensor: Tensor, places: Tensor | list[int] | int) -> Tensor:
+    axis, index = attributes.get("axis", 0) % tensor.ndim, torch.as_tensor(places, device=tensor.device)
     return tensor.index_select(axis, index.flatten()).reshape(*tensor.shape[:axis], *index.shape, *tensor.shape[axis + 1 :])
 
 
@@ -123,12 +124,35 @@ def _reduce(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     )
 
 
+def _sum_of_squares(tensor: Tensor, axes: list[int], *, keepdim: bool) -> Tensor:
+    return tensor.square().sum(axes, keepdim=keepdim)
+
+
+def _top(attributes: Mapping[str, Any], tensor: Tensor, count: list[int]) -> tuple[Tensor, ...]:
+    largest, ordered = bool(attributes.get("largest", 1)), bool(attributes.get("sorted", 1))
+    return tuple(tensor.topk(count[0], dim=attributes.get("axis", -1), largest=largest, sorted=ordered))
+
+
 def _plain(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda attributes, *tensors: function(*tensors)
+    def apply(attributes: Mapping[str, Any], *values: Any) -> Tensor:
+        device = next((value.device for value in values if isinstance(value, Tensor)), None)
+        return function(*(torch.as_tensor(value, device=device) for value in values))
+
+    return apply
+
+
+def _repeated(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    return lambda attributes, *tensors: reduce(function, tensors)
 
 
 RESIZED = [{"mode": "linear", "coordinate_transformation_mode": mode} for mode in ("pytorch_half_pixel", "half_pixel")]
-TYPES = {TensorProto.FLOAT: torch.float32, TensorProto.FLOAT16: torch.float16, TensorProto.BOOL: torch.bool}
+TYPES = {
+    TensorProto.FLOAT: torch.float32,
+    TensorProto.FLOAT16: torch.float16,
+    TensorProto.DOUBLE: torch.float64,
+    TensorProto.INT64: torch.int64,
+    TensorProto.BOOL: torch.bool,
+}
 OPERATIONS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "Conv": _convolution,
     "ConvTranspose": _transposed_convolution,
@@ -145,6 +169,11 @@ OPERATIONS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "Identity": lambda attributes, tensor: tensor,
     "Slice": _slice,
     "Gather": _gather,
+    "GatherElements": lambda attributes, tensor, places: tensor.gather(attributes.get("axis", 0), places),
+    "TopK": _top,
+    "ArgMax": lambda attributes, tensor: tensor.argmax(attributes.get("axis", 0), keepdim=bool(attributes.get("keepdims", 1))),
+    "Expand": lambda attributes, tensor, sizes: tensor.broadcast_to(np.broadcast_shapes(tensor.shape, tuple(sizes))),
+    "Where": _plain(torch.where),
     "Resize": _resize,
     "Split": _split,
     "Pad": _pad,
@@ -157,6 +186,8 @@ OPERATIONS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "ReduceMin": _reduce(torch.amin),
     "ReduceMax": _reduce(torch.amax),
     "ReduceSum": _reduce(torch.sum),
+    "ReduceSumSquare": _reduce(_sum_of_squares),
+    "ReduceLogSumExp": _reduce(torch.logsumexp),
     "Concat": lambda attributes, *tensors: torch.cat(tensors, attributes["axis"]),
     "Cast": lambda attributes, tensor: tensor.to(TYPES[attributes["to"]]),
     "Relu": _plain(torch.relu),
@@ -172,6 +203,8 @@ OPERATIONS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "Softplus": _plain(functional.softplus),
     "Erf": _plain(torch.erf),
     "Exp": _plain(torch.exp),
+    "Log": _plain(torch.log),
+    "Abs": _plain(torch.abs),
     "Neg": _plain(torch.neg),
     "Tanh": _plain(torch.tanh),
     "Softmax": lambda attributes, tensor: tensor.softmax(attributes.get("axis", -1)),
@@ -181,6 +214,11 @@ OPERATIONS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "Div": _plain(torch.div),
     "Pow": _plain(torch.pow),
     "Sqrt": _plain(torch.sqrt),
+    "Min": _repeated(torch.minimum),
+    "Max": _repeated(torch.maximum),
+    "Equal": _plain(torch.eq),
+    "Less": _plain(torch.lt),
+    "Greater": _plain(torch.gt),
     "GreaterOrEqual": _plain(torch.ge),
     "LessOrEqual": _plain(torch.le),
     "And": _plain(torch.logical_and),
@@ -202,7 +240,7 @@ After = Callable[[Step, Tensor], Tensor]
 """(a node, its first output) -> what the nodes behind it read"""
 
 
-def _recent(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+def _recent(model: onnx.ModelProto, where: Path | str) -> onnx.ModelProto:
     """The same model in an opset in which operations are as `OPERATIONS` has them: axes are inputs from 13 and 18 on.
 
     Raises:
@@ -214,7 +252,7 @@ def _recent(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     try:
         return version_converter.convert_version(model, OPSET)
     except Exception as error:  # the converter raises whatever its C++ throws
-        raise NoisecError(f"{path}: opset {opset} cannot be converted to {OPSET}: {error}; export it again with that opset") from error
+        raise NoisecError(f"{where}: opset {opset} cannot be converted to {OPSET}: {error}; export it again with that opset") from error
 
 
 def _constant(node: onnx.NodeProto) -> npt.NDArray[Any]:
@@ -239,18 +277,19 @@ class TorchGraph:
     """An ONNX graph, executed with torch operation by operation; gradients flow through it.
 
     Args:
-        path: ``model.onnx`` of a stage
+        source: ``model.onnx`` of a stage, or a graph
         half: convolutions and dense layers compute in fp16; what is exact in every precision stays fp32
 
     Raises:
         NoisecError: the graph has an operation that is not in ``OPERATIONS``.
     """
 
-    def __init__(self, path: Path, device: str = "cpu", *, half: bool = False) -> None:
-        graph = _recent(onnx.load(path), path).graph
+    def __init__(self, source: Path | onnx.ModelProto, device: str = "cpu", *, half: bool = False) -> None:
+        model, where = (onnx.load(source), source) if isinstance(source, Path) else (source, source.graph.name)
+        graph = _recent(model, where).graph
         unknown = sorted({node.op_type for node in graph.node} - OPERATIONS.keys() - {"Constant"})
         if unknown:
-            raise NoisecError(f"{path}: {', '.join(unknown)} cannot run as torch operations; known are {', '.join(OPERATIONS)}")
+            raise NoisecError(f"{where}: {', '.join(unknown)} cannot run as torch operations; known are {', '.join(OPERATIONS)}")
         self.shape = tuple(int(size.dim_value) for size in graph.input[0].type.tensor_type.shape.dim[1:])
         """(C, H, W)"""
         self.outputs = tuple(str(value.name) for value in graph.output)
@@ -271,14 +310,18 @@ class TorchGraph:
                 weight = torch.from_numpy(array.copy()).to(device)
                 self.constants[name] = weight.half() if name in lowered else weight
 
-    def __call__(self, images: Tensor, weights: Mapping[str, Tensor] | None = None, after: After | None = None) -> tuple[Tensor, ...]:
+    def __call__(
+        self, images: Tensor | Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None, after: After | None = None
+    ) -> tuple[Tensor, ...]:
         """float32 [n, C, H, W] -> the graph's outputs in their order, float32 [n, ...] each.
 
         Args:
+            images: or, of a graph with other inputs, each by its name
             weights: tensors that stand in for constants of their names
             after: what becomes of a node's first output
         """
-        values = {**self.constants, **(weights or {}), contract.IMAGE: images}
+        given = images if isinstance(images, Mapping) else {contract.IMAGE: images}
+        values = {**self.constants, **(weights or {}), **given}
         for step in self.steps:
             inputs = [self._cast(step.kind, values[name]) for name in step.inputs]
             made = OPERATIONS[step.kind](step.attributes, *inputs)

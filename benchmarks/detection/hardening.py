@@ -15,7 +15,7 @@ from noisec import contract
 from noisec.benchmarks.detection import ladder
 from noisec.benchmarks.detection.run import Benchmark, Plan, Sizes
 from noisec.benchmarks.detection.subject import Subject
-from noisec.benchmarks.detection.torchscore import TorchScorer, Whole
+from noisec.benchmarks.detection.torchscore import Whole, differentiable
 from noisec.builders.attacks import AttackSpec
 from noisec.builders.calibrate import fit_tensors
 from noisec.builders.figures import auroc, markdown_table, percent, tpr_at
@@ -106,7 +106,7 @@ def measure(benchmark: Benchmark, autoencoders: Sequence[Path], variant: Variant
     fit = stages.arrays(_natural(subject, subject.splits.fit[:FIT], 0), "fit")
     calibration = stages.arrays(_natural(subject, subject.splits.calibrate[:CALIBRATE], 1), "calibrate")
     scorer = fit_tensors(subject.spec, fit, calibration, subject.head)
-    score = TorchScorer(scorer)
+    score = differentiable(scorer)
     threshold = float(scorer.threshold)
 
     def whole(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.intp]
+Real = TypeVar("Real", np.float32, np.float64)
 
 
 @dataclass(frozen=True)
@@ -138,9 +139,11 @@ class Divergence:
     """[]; both logits are divided by it"""
 
     def score(self, view: View) -> Floats:
-        """In nats, between 0 and log 2; of two alike answers it is 0 but for rounding."""
-        answers = softmax(np.stack(view.logits()) / self.temperature)
-        result: Floats = _relative_entropy(answers, (answers[0] + answers[1]) / 2).sum(axis=0) / 2
+        """In nats, between 0 and log 2; in float64, as what two alike answers differ by is below float32's rounding of either."""
+        answers = softmax(np.stack(view.logits()).astype(np.float64) / self.temperature)
+        tiny = 1e-30
+        entropy = answers * np.log((answers + tiny) / (answers.mean(axis=0) + tiny))
+        result: Floats = entropy.sum(axis=(0, 2)).astype(np.float32) / 2
         return result
 
 
@@ -271,17 +274,10 @@ def parted(logits: Floats, labels: Integers) -> tuple[Floats, Floats]:
     return logits[..., rows, labels], others
 
 
-def softmax(logits: Floats) -> Floats:
+def softmax(logits: npt.NDArray[Real]) -> npt.NDArray[Real]:
     """Along the last axis."""
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    result: Floats = powers / powers.sum(axis=-1, keepdims=True)
-    return result
-
-
-def _relative_entropy(first: Floats, second: Floats) -> Floats:
-    """Kullback-Leibler divergence float32 [...] of rows [..., C]."""
-    tiny = np.float32(1e-30)
-    result: Floats = (first * np.log((first + tiny) / (second + tiny))).sum(axis=-1)
+    result: npt.NDArray[Real] = powers / powers.sum(axis=-1, keepdims=True)
     return result
 
 

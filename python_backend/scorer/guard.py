@@ -31,8 +31,8 @@ class Guard:
     """A guard in the ``single`` layout.
 
     Args:
-        directory: with ``scorer.npz``, and ``model.onnx`` in ``autoencoder``, ``classifier`` and, where the guard asks copies of the
-            classifier, ``image``; elsewhere the autoencoder's may make the image's pass as well
+        directory: with ``scorer.npz``, and ``model.onnx`` in ``autoencoder``, ``classifier``, ``scorer`` and, where the guard asks copies
+            of the classifier, ``image``; elsewhere the autoencoder's may make the image's pass as well
         release: its number
         threads: compute threads of each session; 0 takes every core
 
@@ -45,6 +45,7 @@ class Guard:
         self.memory = self.scorer.new_memory()
         self._classifier = open_session(directory / "classifier" / "model.onnx", threads)
         self._autoencoder = open_session(directory / "autoencoder" / "model.onnx", threads)
+        self._scores = open_session(directory / "scorer" / "model.onnx", threads)
         copies = directory / "image" / "model.onnx"
         self._image = open_session(copies, threads) if copies.is_file() else self._classifier
         made = {output.name for output in self._autoencoder.get_outputs()}
@@ -69,7 +70,8 @@ class Guard:
         tensors = dict(zip(self._made, self._autoencoder.run(self._made, {"IMAGE": images}), strict=True))
         if passes:
             tensors |= {_input(name): rows for name, rows in zip(self._of_image, passes.result(), strict=True)}
-        return {"LOGITS": tensors["LOGITS"], **self.scorer.outputs(tensors, self.memory)}
+        (score,) = self._scores.run(["SCORE"], {name: tensors[name] for name in self.scorer.inputs})
+        return {"LOGITS": tensors["LOGITS"], **self.scorer.outputs(tensors, self.memory, score[:, 0])}
 
 
 def _input(output: str) -> str:

@@ -309,21 +309,27 @@ class Scorer:
         return self.fusion == "fisher" and bool(self.in_sum.any() and not self.in_sum.all())
 
     def verdict(self, tensors: Mapping[str, Floats]) -> Verdict:
-        """Score, conformal p-value and verdict. A score that is not a number is malicious: a broken detector never says benign."""
-        score = self.score(tensors)
+        """Score, conformal p-value and verdict."""
+        return self.judged(self.score(tensors))
+
+    def judged(self, score: Floats) -> Verdict:
+        """The verdict on fused scores [n]. One that is not a number is malicious: a broken detector never says benign."""
         return Verdict(score, conformal_p_values(self.calibration, score), ~(score <= self.threshold))
 
     def new_memory(self) -> Memory | None:
         """For whoever answers a stream of requests with this scorer."""
         return Memory(self.repeats) if self.repeats else None
 
-    def outputs(self, tensors: Mapping[str, Floats], memory: Memory | None = None) -> dict[str, npt.NDArray[Any]]:
+    def outputs(
+        self, tensors: Mapping[str, Floats], memory: Memory | None = None, score: Floats | None = None
+    ) -> dict[str, npt.NDArray[Any]]:
         """The verdict as the tensors of the contract, output name -> [n, 1], with the release that gave it.
 
         Args:
             memory: of the inputs before; it remembers these too
+            score: [n], where another runtime has fused it already
         """
-        verdict = self.verdict(tensors)
+        verdict = self.verdict(tensors) if score is None else self.judged(score)
         repeated = memory.repeated(tensors[IMAGE_PENULTIMATE]) if memory else np.False_
         return {
             "SCORE": verdict.score[:, None],

@@ -68,6 +68,8 @@ class Guard:
         together = repository / name / release
         if (together / "image").is_dir():  # the layout in one process, with graphs of its own
             folders |= {"autoencoder": together / "autoencoder", "classifier": together / "image"}
+        graph = together / "scorer" / "model.onnx"
+        self._scores = open_session(graph, threads) if graph.is_file() else None
         self._autoencoder = open_session(folders["autoencoder"] / "model.onnx", threads)
         self._classifier = open_session(folders["classifier"] / "model.onnx", threads)
         self._scorer = load_scorer(folders["scorer"])
@@ -91,7 +93,9 @@ class Guard:
         parts = np.split(answers.pop("PENULTIMATE"), 1 + len(self._passes))
         labels = answers.pop("LOGITS")[: len(images)].argmax(axis=1)
         passes = dict(zip(["IMAGE_PENULTIMATE", *self._passes], parts, strict=True))
-        verdict = self._scorer.outputs(tensors | answers | passes, self._memory)
+        tensors |= answers | passes
+        score = self._scores.run(["SCORE"], {name: tensors[name] for name in self._scorer.inputs})[0][:, 0] if self._scores else None
+        verdict = self._scorer.outputs(tensors, self._memory, score)
         return dict(zip(ANSWERS, (labels, *(verdict[name][:, 0] for name in ("SCORE", "P_VALUE", "IS_MALICIOUS"))), strict=True))
 
     def together(self, requests: Sequence[npt.NDArray[np.float32]]) -> list[dict[str, Array]]:
