@@ -9,6 +9,7 @@ of all levels beside each other, and each row picks its own level's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -20,13 +21,12 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from noisec import contract
 from noisec.builders.export import OPSET
+from noisec.builders.graphs import without_repeats
 from noisec.errors import NoisecError
 from noisec.python_backend.scorer.detectors import LocalDimension, squared_lengths
 from noisec.python_backend.scorer.scoring import IMAGE_PENULTIMATE, IN_RANGE, NOISE_LEVEL, Detector, Scorer
 
 IR_VERSION = 9
-LARGEST = 1e15
-"""activations beyond it count as infinite: their squares' sums could be, and what becomes of infinity less infinity is up to a runtime"""
 
 Array = npt.NDArray[Any]
 
@@ -59,35 +59,13 @@ class Nodes:
         self.weights.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
         return name
 
-    def total(self, values: str, axis: int, operation: str = "ReduceSum", keep: bool = False) -> str:
+    def total(self, values: str, axis: int = 1, operation: str = "ReduceSum", *, keep: bool = True) -> str:
         """Reduced along one axis."""
         return self(operation, values, np.array([axis]), keepdims=int(keep))
 
     def column(self, values: str) -> str:
-        """[..., 1] of [...], for rows [n]"""
+        """[n, 1] of [n]"""
         return self("Unsqueeze", values, np.array([1]))
-
-    def all_of(self, conditions: str) -> str:
-        """Whether all of a row's conditions hold, as 1 or 0: float32 [n, 1] from bool [n, m]. Comparisons with NaN do not hold."""
-        return self.total(self("Cast", conditions, to=TensorProto.FLOAT), 1, "ReduceMin", keep=True)
-
-    def on_scale(self, raw: str, start: str | Array, surprisal: str | Array, slope: str | Array, later: str | Array) -> str:
-        """As :func:`noisec.python_backend.scorer.scoring.on_scale`: [n, D] from [n, D], with scales of [n, D, m] or [1, 1, m].
-
-        Args:
-            later: the starts but the first
-        """
-        every = self("Unsqueeze", raw, np.array([2]))
-        piece = self.total(self("Cast", self("GreaterOrEqual", every, later), to=TensorProto.INT64), 2, keep=True)
-
-        def own(part: str | Array) -> str:
-            """Of the piece that each raw score lies in."""
-            if isinstance(part, str):
-                return self("GatherElements", part, piece, axis=2)
-            return self("Gather", part.ravel(), piece, axis=0)
-
-        found = self("Add", own(surprisal), self("Mul", self("Sub", every, own(start)), own(slope)))
-        return self("Squeeze", found, np.array([2]))
 
 
 class Rows:
@@ -95,29 +73,31 @@ class Rows:
 
     def __init__(self, scorer: Scorer) -> None:
         self.add = add = Nodes()
+        self.classes = len(scorer.head.bias)
         self._head = scorer.head
-        self._logits: dict[str, str] = {}
         above = add("Cast", add("GreaterOrEqual", NOISE_LEVEL, scorer.edges), to=TensorProto.INT64)
-        self.level = add.total(above, 1)
+        self.level = add.total(above, keep=False)
         """int64 [n]"""
         self.label = add("ArgMax", self.logits(IMAGE_PENULTIMATE), axis=1, keepdims=0) if scorer.needs_head else ""
         """int64 [n], the class that the classifier gives the image"""
 
+    def last_inputs(self, name: str) -> str:
+        """What the classifier's last layer reads of activations: [n, d]."""
+        return self.add("Relu", name) if self._head.rectified else name
+
     def logits(self, name: str) -> str:
-        """What the head makes of an input: [n, C]."""
-        if name not in self._logits:
-            read = self.add("Relu", name) if self._head.rectified else name
-            self._logits[name] = self.add("Add", self.add("MatMul", read, self._head.weights), self._head.bias)
-        return self._logits[name]
+        """What it makes of them: [n, C]."""
+        return self.add("Add", self.add("MatMul", self.last_inputs(name), self._head.weights), self._head.bias)
 
     def vectors(self, detector: Detector, of: Callable[[str], str] = str) -> str:
         """A detector's only input, or its first less its second: [n, d]."""
         first, *rest = map(of, detector.inputs)
         return self.add("Sub", first, rest[0]) if rest else first
 
-    def own(self, parameters: Array) -> str:
-        """[n, ...] of [L, ...]"""
-        return self.add("Gather", parameters, self.level, axis=0)
+    def own(self, parameters: Array) -> str | Array:
+        """[n, ...] of [L, ...], or [1, ...] where all levels have the same."""
+        alike = (parameters[1:] == parameters[:-1]).all()
+        return parameters[:1] if alike else self.add("Gather", parameters, self.level, axis=0)
 
     def own_of_class(self, parameters: Array) -> str:
         """[n, ...] of [L, C, ...]"""
@@ -125,30 +105,40 @@ class Rows:
         return self.add("Gather", parameters.reshape(-1, *parameters.shape[2:]), place, axis=0)
 
     def picked(self, values: str, shape: Sequence[int], axis: int, which: str) -> str:
-        """The entry along one axis that is each row's own.
+        """The entry along one axis that is each row's own: as many axes, that one of length 1.
 
         Args:
             values: [n, ...]
             shape: without the rows
-            axis: of it
+            axis: of ``values``
             which: int64 [n]
         """
         every = [1, *(1 if one == axis else size for one, size in enumerate(shape, 1))]
         places = self.add("Expand", self.add("Reshape", which, np.array([-1, *(1 for _ in shape)])), np.array(every))
-        return self.add("Squeeze", self.add("GatherElements", values, places, axis=axis), np.array([axis]))
+        return self.add("GatherElements", values, places, axis=axis)
 
     def distances(self, centred: str, factors: Array) -> str:
-        """Squared lengths of rows [n, d] times their own level's factor of [L, d, d]: [n]."""
+        """Squared lengths of rows [n, d] times their own level's factor of [L, d, d]: [n, 1]."""
         add, (levels, width, _) = self.add, factors.shape
         whitened = add("MatMul", centred, factors.transpose(1, 0, 2).reshape(width, -1))
-        every = add.total(add("Reshape", whitened, np.array([-1, levels, width])), 2, "ReduceSumSquare")
-        return self.picked(every, [levels], 1, self.level)
+        every = add.total(add("Reshape", whitened, np.array([-1, levels, width])), 2, "ReduceSumSquare", keep=False)
+        return add("GatherElements", every, add.column(self.level), axis=1)
+
+    def on_scale(self, raw: str, segments: npt.NDArray[np.float64]) -> str:
+        """As :func:`noisec.python_backend.scorer.scoring.on_scale`: [n, D] from [n, D], with segments [3, L, D, m] of each level's scales,
+        or [3, 1, D, m]."""
+        add, parts = self.add, segments.astype(np.float32)
+        scales, pieces = parts.shape[1:3], parts.shape[3]
+        above = add("GreaterOrEqual", add("Unsqueeze", raw, np.array([2])), self.own(parts[0, ..., 1:]))
+        piece = add.total(add("Cast", above, to=TensorProto.INT64), 2, keep=False)
+        place = add("Add", piece, self.own(pieces * np.arange(math.prod(scales)).reshape(scales)))
+        start, surprisal, slope = (add("Gather", part.ravel(), place, axis=0) for part in parts)
+        return add("Add", surprisal, add("Mul", add("Sub", raw, start), slope))
 
     def parted(self, logits: str) -> tuple[str, str]:
         """The label's logits [n, 1] of [n, C], and the others', with minus infinity in the label's place: [n, C]."""
         add, label = self.add, self.add.column(self.label)
-        classes = len(self._head.bias)
-        others = add("Where", add("Equal", np.arange(classes)[None], label), float("-inf"), logits)
+        others = add("Where", add("Equal", np.arange(self.classes)[None], label), float("-inf"), logits)
         return add("GatherElements", logits, label, axis=1), others
 
 
@@ -163,9 +153,8 @@ def _mixture(rows: Rows, detector: Detector) -> str:
     determinants = np.log(np.diagonal(factors, axis1=2, axis2=3)).sum(axis=-1)
     constants = np.log(_stacked(detector, "weights")) + determinants - 0.5 * np.float32(width * np.log(2 * np.pi))
     each = [rows.distances(add("Sub", rows.vectors(detector), rows.own(means[:, one])), factors[:, one]) for one in range(count)]
-    squared = add("Concat", *map(add.column, each), axis=1)
-    joint = add("Sub", rows.own(constants.astype(np.float32)), add("Mul", squared, 0.5))
-    return add("Neg", add.total(joint, 1, "ReduceLogSumExp"))
+    joint = add("Sub", rows.own(constants.astype(np.float32)), add("Mul", add("Concat", *each, axis=1), 0.5))
+    return add("Neg", add.total(joint, operation="ReduceLogSumExp"))
 
 
 def _class_gaussian(rows: Rows, detector: Detector) -> str:
@@ -179,16 +168,14 @@ def _logit_gaussian(rows: Rows, detector: Detector) -> str:
 
 
 def _divergence(rows: Rows, detector: Detector) -> str:
-    add, temperature = rows.add, rows.own(_stacked(detector, "temperature")[:, None].astype(np.float64))
-    exact = (add("Cast", rows.logits(name), to=TensorProto.DOUBLE) for name in detector.inputs)
-    first, second = (add("Softmax", add("Div", logits, temperature), axis=1) for logits in exact)
-    half, tiny = np.array(0.5), np.array(1e-30)
-    middle = add("Add", add("Mul", add("Add", first, second), half), tiny)
-
-    def entropy(answers: str) -> str:
-        return add.total(add("Mul", answers, add("Log", add("Div", add("Add", answers, tiny), middle))), 1)
-
-    return add("Cast", add("Mul", add("Add", entropy(first), entropy(second)), half), to=TensorProto.FLOAT)
+    add, temperature = rows.add, rows.own(_stacked(detector, "temperature")[:, None, None].astype(np.float64))
+    both = add("Concat", *(add("Unsqueeze", rows.logits(name), np.array([1])) for name in detector.inputs), axis=1)  # [n, 2, C]
+    answers = add("Softmax", add("Div", add("Cast", both, to=TensorProto.DOUBLE), temperature), axis=2)
+    tiny = np.array(1e-30)
+    middle = add("Add", add.total(answers, operation="ReduceMean"), tiny)
+    entropy = add("Mul", answers, add("Log", add("Div", add("Add", answers, tiny), middle)))
+    mean = add.total(add.total(entropy, 2, keep=False), operation="ReduceMean")
+    return add("Cast", mean, to=TensorProto.FLOAT)
 
 
 def _density(rows: Rows, detector: Detector) -> str:
@@ -197,8 +184,8 @@ def _density(rows: Rows, detector: Detector) -> str:
     vectors = add("Div", rows.vectors(detector), rows.own(bandwidth[:, None]))
     products = add("MatMul", rows.own_of_class(points), add("Unsqueeze", vectors, np.array([2])))
     exponents = add("Sub", add("Squeeze", products, np.array([2])), rows.own_of_class(squared_lengths(points) / 2))
-    near = add("Sub", add.total(exponents, 1, "ReduceLogSumExp"), float(np.log(points.shape[2])))
-    return add("Sub", add("Mul", add.total(vectors, 1, "ReduceSumSquare"), 0.5), near)
+    near = add("Sub", add.total(exponents, operation="ReduceLogSumExp"), float(np.log(points.shape[2])))
+    return add("Sub", add("Mul", add.total(vectors, operation="ReduceSumSquare"), 0.5), near)
 
 
 def _dimension(rows: Rows, detector: Detector) -> str:
@@ -210,49 +197,51 @@ def _dimension(rows: Rows, detector: Detector) -> str:
             "fit images, or serve the guard staged"
         )
     levels, count, (neighbours,) = len(fitted), max(map(len, fitted)), counts
-    points = np.stack([np.pad(one, ((0, count - len(one)), (0, 0))) for one in fitted])
+    points = np.concatenate([np.pad(one, ((0, count - len(one)), (0, 0))) for one in fitted])
     lengths = [np.pad(squared_lengths(one), (0, count - len(one)), constant_values=np.inf) for one in fitted]
     add, vectors = rows.add, rows.vectors(detector)
-    products = add("Reshape", add("MatMul", vectors, points.reshape(levels * count, -1).T), np.array([-1, levels, count]))
-    own = rows.picked(products, [levels, count], 1, rows.level)
-    both = add("Add", add.total(vectors, 1, "ReduceSumSquare", keep=True), rows.own(np.stack(lengths)))
+    products = add("Reshape", add("MatMul", vectors, points.T), np.array([-1, levels, count]))
+    own = add("Squeeze", rows.picked(products, [levels, count], 1, rows.level), np.array([1]))
+    both = add("Add", add.total(vectors, operation="ReduceSumSquare"), rows.own(np.stack(lengths)))
     squared = add("Max", add("Sub", both, add("Mul", own, 2.0)), 1e-12)
     nearest = add("Neg", add("TopK", add("Neg", squared), np.array([neighbours]), axis=1, unread=[f"{detector.name}/places"]))
     farthest = add("Gather", nearest, np.array([neighbours - 1]), axis=1)
-    ratios = add("Mul", add.total(add("Log", add("Div", nearest, farthest)), 1, "ReduceMean"), 0.5)
+    ratios = add("Mul", add.total(add("Log", add("Div", nearest, farthest)), operation="ReduceMean"), 0.5)
     return add("Div", -1.0, add("Min", ratios, -1e-6))
 
 
 def _mutation(rows: Rows, detector: Detector) -> str:
-    add, weights, classes = rows.add, _stacked(detector, "weights"), len(rows._head.bias)
+    add, weights = rows.add, _stacked(detector, "weights")
     levels, width, columns = weights.shape
-    read = add("Relu", detector.inputs[0]) if rows._head.rectified else detector.inputs[0]
-    products = add("Reshape", add("MatMul", read, weights.transpose(1, 0, 2).reshape(width, -1)), np.array([-1, levels, columns]))
-    logits = add("Add", rows.picked(products, [levels, columns], 1, rows.level), rows.own(_stacked(detector, "bias")))
-    probabilities = add("Softmax", add("Reshape", logits, np.array([-1, columns // classes, classes])), axis=2)
-    kept = add.total(rows.picked(probabilities, [columns // classes, classes], 2, rows.label), 1, "ReduceMean")
+    answers = [columns // rows.classes, rows.classes]
+    products = add("MatMul", rows.last_inputs(detector.inputs[0]), weights.transpose(1, 0, 2).reshape(width, -1))
+    own = rows.picked(add("Reshape", products, np.array([-1, levels, columns])), [levels, columns], 1, rows.level)
+    logits = add("Add", own, rows.own(_stacked(detector, "bias")[:, None]))
+    probabilities = add("Softmax", add("Reshape", logits, np.array([-1, *answers])), axis=2)
+    kept = add.total(add("Squeeze", rows.picked(probabilities, answers, 2, rows.label), np.array([2])), operation="ReduceMean")
     tiny = 1e-7
     rate = add("Log", add("Div", add("Add", add("Sub", 1.0, kept), tiny), add("Add", kept, tiny)))
-    difference = add("Sub", rate, rows.own(_stacked(detector, "centre")))
-    below, above = (rows.own(spread) for spread in _stacked(detector, "spreads").T)
+    difference = add("Sub", rate, rows.own(_stacked(detector, "centre")[:, None]))
+    below, above = (rows.own(spread[:, None]) for spread in _stacked(detector, "spreads").T)
     return add("Div", add("Abs", difference), add("Where", add("Less", difference, 0.0), below, above))
 
 
 def _reconstruction_error(rows: Rows, detector: Detector) -> str:
-    return rows.add("Squeeze", detector.inputs[0], np.array([1]))
+    (error,) = detector.inputs
+    return error
 
 
 def _confidence(rows: Rows, detector: Detector) -> str:
     add, sure = rows.add, []
     for name in detector.inputs:
         label, others = rows.parted(rows.logits(name))
-        sure.append(add("Sub", label, add.total(others, 1, "ReduceLogSumExp", keep=True)))
-    return add.total(add("Concat", *sure, axis=1), 1, "ReduceMean")
+        sure.append(add("Sub", label, add.total(others, operation="ReduceLogSumExp")))
+    return add.total(add("Concat", *sure, axis=1), operation="ReduceMean")
 
 
 def _dissent(rows: Rows, detector: Detector) -> str:
     label, others = rows.parted(rows.logits(detector.inputs[1]))
-    return rows.add("Squeeze", rows.add("Sub", rows.add.total(others, 1, "ReduceMax", keep=True), label), np.array([1]))
+    return rows.add("Sub", rows.add.total(others, operation="ReduceMax"), label)
 
 
 KINDS: Mapping[str, Callable[[Rows, Detector], str]] = MappingProxyType(
@@ -269,7 +258,7 @@ KINDS: Mapping[str, Callable[[Rows, Detector], str]] = MappingProxyType(
         "dissent": _dissent,
     }
 )
-"""kind of a detector -> its statistic, float32 [n]"""
+"""kind of a detector -> its statistic, float32 [n, 1]"""
 
 
 def scorer_graph(scorer: Scorer) -> ModelProto:
@@ -283,46 +272,40 @@ def scorer_graph(scorer: Scorer) -> ModelProto:
         raise NoisecError(f"detectors of kind {', '.join(map(repr, unknown))} have no graph; known are {', '.join(KINDS)}")
     rows = Rows(scorer)
     add = rows.add
-    raw = add("Concat", *(add.column(KINDS[one.kind](rows, one)) for one in scorer.detectors), axis=1)
-    segments = [np.stack([scale.segments for scale in one.scales], axis=1) for one in scorer.detectors]
-    start, surprisal, slope = np.stack(segments, axis=2).astype(np.float32)  # [L, D, m] each
-    each = add.on_scale(raw, *map(rows.own, (start, surprisal, slope, start[..., 1:])))
-    sound = add(
-        "Min",
-        add.all_of(add("LessOrEqual", add("Abs", add("Concat", *scorer.inputs, axis=1)), LARGEST)),
-        add.all_of(add("GreaterOrEqual", each, -LARGEST)),
-        add.all_of(add("Equal", IN_RANGE, 1.0)),
-    )
-    add("Where", add("Greater", sound, 0.5), _fused(add, scorer, each), float("nan"), output=contract.SCORE)
+    raw = add("Concat", *(KINDS[one.kind](rows, one) for one in scorer.detectors), axis=1)
+    segments = [np.stack([scale.segments for scale in one.scales], axis=1) for one in scorer.detectors]  # [3, L, m] each
+    each = rows.on_scale(raw, np.stack(segments, axis=2))
+    # A ReLU or a comparison drops what is no number; its product with 0 stays one.
+    broken = add.total(add("Mul", add("Concat", *scorer.inputs, each, axis=1), 0.0))
+    fused = add("Add", _fused(rows, scorer, each), broken)
+    add("Where", add("Equal", IN_RANGE, 1.0), fused, float("nan"), output=contract.SCORE)
     entries = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", None]) for name in scorer.inputs]
     graph = helper.make_graph(
         add.nodes, "scorer", entries, [helper.make_tensor_value_info(contract.SCORE, TensorProto.FLOAT, ["batch", 1])], add.weights
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="noisec")
     onnx.checker.check_model(model)
-    return model
+    return without_repeats(model)
 
 
-def _fused(add: Nodes, scorer: Scorer, each: str) -> str:
+def _fused(rows: Rows, scorer: Scorer, each: str) -> str:
     """As :meth:`noisec.python_backend.scorer.scoring.Scorer.score`: [n, 1] from surprisals [n, D]."""
+    add = rows.add
 
     def those(chosen: npt.NDArray[np.bool_]) -> str:
         return add("Gather", each, np.flatnonzero(chosen), axis=1)
 
     def summed(surprisals: str) -> str:
-        return add.total(add("Relu", surprisals), 1, keep=True)
+        return add.total(add("Relu", surprisals))
 
     if scorer.fusion == "tippett" or len(scorer.detectors) == 1:
-        return add.total(each, 1, "ReduceMax", keep=True)
+        return add.total(each, operation="ReduceMax")
     if scorer.in_sum.all():
         return summed(each)
     rivals = [those(scorer.apart)] if scorer.apart.any() else []
     if scorer.in_sum.any():
         total = summed(those(scorer.in_sum))
-        if scorer.together:
-            start, surprisal, slope = scorer.together.segments.astype(np.float32)
-            total = add.on_scale(total, start, surprisal, slope, start[1:])
-        rivals.append(total)
-    strongest = [add.total(add("Concat", *rivals, axis=1), 1, "ReduceMax", keep=True)] if rivals else []
+        rivals.append(rows.on_scale(total, scorer.together.segments[:, None, None]) if scorer.together else total)
+    strongest = [add.total(add("Concat", *rivals, axis=1), operation="ReduceMax")] if rivals else []
     others = [those(scorer.independent)] if scorer.independent.any() else []
     return summed(add("Concat", *strongest, *others, axis=1)) if others else strongest[0]

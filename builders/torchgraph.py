@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -87,8 +87,15 @@ def _slice(
     return tensor[tuple(chosen)]
 
 
-def _gather(attributes: Mapping[str, Any], tensor: Tensor, places: Tensor | list[int] | int) -> Tensor:
-    axis, index = attributes.get("axis", 0) % tensor.ndim, torch.as_tensor(places, device=tensor.device)
+def _tensors(values: Sequence[Any]) -> list[Tensor]:
+    """Lists of integers as tensors, too, where the others are."""
+    device = next((value.device for value in values if isinstance(value, Tensor)), None)
+    return [torch.as_tensor(value, device=device) for value in values]
+
+
+def _gather(attributes: Mapping[str, Any], *values: Tensor | list[int] | int) -> Tensor:
+    tensor, index = _tensors(values)
+    axis = attributes.get("axis", 0) % tensor.ndim
     return tensor.index_select(axis, index.flatten()).reshape(*tensor.shape[:axis], *index.shape, *tensor.shape[axis + 1 :])
 
 
@@ -134,11 +141,7 @@ def _top(attributes: Mapping[str, Any], tensor: Tensor, count: list[int]) -> tup
 
 
 def _plain(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def apply(attributes: Mapping[str, Any], *values: Any) -> Tensor:
-        device = next((value.device for value in values if isinstance(value, Tensor)), None)
-        return function(*(torch.as_tensor(value, device=device) for value in values))
-
-    return apply
+    return lambda attributes, *values: function(*_tensors(values))
 
 
 def _repeated(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:

@@ -23,6 +23,7 @@ from noisec.builders.calibrate import (
     fit_mutation,
     fit_scale,
 )
+from noisec.builders.scorergraph import scorer_graph
 from noisec.errors import NoisecError
 from noisec.python_backend.scorer.detectors import (
     Confidence,
@@ -35,6 +36,7 @@ from noisec.python_backend.scorer.detectors import (
     View,
 )
 from noisec.python_backend.scorer.scoring import Detector, Scorer, TailScale, conformal_p_values, conformal_threshold
+from noisec.python_backend.scorer.session import open_session
 
 
 @pytest.fixture
@@ -66,6 +68,16 @@ def some_tensors(vectors, level=0.05):
         "NOISE_LEVEL": level * column,
         "IN_RANGE": column,
     }
+
+
+def graph_score(scorer, tensors):
+    """What the scorer's graph makes of the same tensors: float32 [n]."""
+    (score,) = open_session(scorer_graph(scorer).SerializeToString(), 1).run(None, {name: tensors[name] for name in scorer.inputs})
+    return score[:, 0]
+
+
+def assert_same_in_graph(scorer, tensors):
+    np.testing.assert_allclose(graph_score(scorer, tensors), scorer.score(tensors), rtol=1e-3, atol=1e-3)
 
 
 def test_one_component_is_the_gaussian_of_the_paper(vectors):
@@ -113,7 +125,7 @@ def test_the_divergence_is_jensen_and_shannons(vectors, head):
     found = Divergence(np.array(2.0, np.float32)).score(seen(first, second, head=head))
     answers = [softmax(head.logits(part).astype(np.float64) / 2, axis=1) for part in (first, second)]
     assert np.allclose(found, jensenshannon(*answers, axis=1) ** 2, atol=1e-5)
-    assert np.abs(Divergence(np.array(1.0, np.float32)).score(seen(first, first, head=head))).max() < 1e-6
+    assert np.abs(Divergence(np.array(1.0, np.float32)).score(seen(first, first, head=head))).max() < 1e-12
 
 
 def test_the_density_is_that_of_kernels_on_the_predicted_class(vectors, head):
@@ -204,6 +216,9 @@ def test_a_broken_activation_is_malicious_and_its_neighbours_are_not_touched(vec
     rest = np.arange(10) != 4
     assert after.is_malicious[4]
     assert np.array_equal(after.score[rest], before.score[rest])
+    served = graph_score(scorer, tensors)
+    assert scorer.judged(served).is_malicious[4]
+    np.testing.assert_allclose(served[rest], before.score[rest], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -220,6 +235,7 @@ def test_a_rectified_head_hides_no_broken_activation(vectors, value):
     verdict = scorer.verdict(tensors)
     assert verdict.is_malicious[4]
     assert np.isnan(verdict.score).tolist() == [row == 4 for row in range(10)]
+    assert_same_in_graph(scorer, tensors)
 
 
 @pytest.mark.parametrize("flag", [0.0, 0.5, np.nan])
@@ -229,6 +245,7 @@ def test_what_is_out_of_range_is_malicious(vectors, flag):
     verdict = scorer.verdict(tensors)
     assert verdict.is_malicious[7]
     assert np.isnan(verdict.score[7])
+    assert_same_in_graph(scorer, tensors)
 
 
 def test_fusion_adds_surprisals_or_takes_the_largest(vectors):
@@ -240,6 +257,8 @@ def test_fusion_adds_surprisals_or_takes_the_largest(vectors):
     assert (each[0] < 0).any()  # no detector's calm makes up for another's alarm
     assert np.allclose(scorer.score(tensors), np.maximum(each, 0).sum(axis=0))
     assert np.array_equal(a_scorer(vectors, fusion="tippett").score(tensors), each.max(axis=0))
+    for fusion in ("fisher", "tippett"):
+        assert_same_in_graph(a_scorer(vectors, fusion=fusion), tensors)
 
 
 def with_confidence(vectors, head):
@@ -258,6 +277,7 @@ def test_a_detector_that_stands_apart_is_in_no_sum(vectors, head):
     assert np.allclose(found, np.maximum(sums, each[2]))
     assert (found > sums).any(), "what it finds alone counts"
     assert (found == sums).any()
+    assert_same_in_graph(scorer, tensors)
     scorer.check()
     with pytest.raises(ValueError, match="no scale for the sum"):
         replace(scorer, together=None).check()
@@ -285,6 +305,7 @@ def test_an_independent_detector_is_added_to_all_others_together(vectors, head, 
     if "confidence" in kinds:
         others = np.maximum(others, each[2])
     assert np.allclose(scorer.score(tensors), np.maximum(others, 0) + dissents, atol=1e-5)
+    assert_same_in_graph(scorer, tensors)
     assert (dissents > 0.5).any()
     assert (dissents == 0).any()
     divergence = replace(
@@ -335,6 +356,7 @@ def test_the_reconstruction_error_is_the_noise_level_on_its_scale(vectors):
     verdict = scorer.verdict({"NOISE_LEVEL": levels, "IN_RANGE": np.ones_like(levels)})
     assert (np.argsort(verdict.score, kind="stable") == np.argsort(levels[:, 0], kind="stable")).all()
     assert 0.04 < verdict.is_malicious.mean() <= 0.05
+    assert_same_in_graph(scorer, {"NOISE_LEVEL": levels, "IN_RANGE": np.ones_like(levels)})
 
 
 def test_each_row_is_scored_by_its_own_noise_level(vectors):
@@ -345,6 +367,33 @@ def test_each_row_is_scored_by_its_own_noise_level(vectors):
     assert np.allclose(scorer.score(mixed), np.where(loudly, scorer.score(loud), scorer.score(quiet)), rtol=1e-5)
     assert not np.allclose(scorer.score(quiet), scorer.score(loud))
     assert scorer.score({name: rows[:0] for name, rows in quiet.items()}).shape == (0,), "no attack succeeded"
+    assert_same_in_graph(scorer, mixed)
+
+
+def of_two_levels(first, second, vectors, kind):
+    """A scorer with one detector, of F(n), whose statistics differ between two noise levels."""
+    scales = tuple(fit_scale(one.score(seen(vectors))) for one in (first, second))
+    detector = Detector("one", kind, ("NOISE_PENULTIMATE",), (first, second), scales)
+    return replace(a_scorer(vectors), detectors=(detector,))
+
+
+def of_both_levels(vectors):
+    quiet, loud = some_tensors(vectors[:100], 0.05), some_tensors(vectors[100:200], 0.2)
+    return {name: np.concatenate([quiet[name], loud[name]]) for name in quiet}
+
+
+def test_several_components_are_the_same_in_the_graph(vectors):
+    scorer = of_two_levels(fit_mixture(vectors, 3, 0), fit_mixture(vectors * 2, 3, 0), vectors, "mixture")
+    assert_same_in_graph(scorer, of_both_levels(vectors))
+
+
+def test_levels_with_other_numbers_of_points_are_the_same_in_the_graph(vectors):
+    fewer, more = (fit_dimension(seen(vectors[1000 : 1000 + count]), 0) for count in (30, 50))
+    assert len(fewer.points) < len(more.points)
+    assert_same_in_graph(of_two_levels(fewer, more, vectors, "dimension"), of_both_levels(vectors))
+    tiny = fit_dimension(seen(vectors[1000:1012]), 0)
+    with pytest.raises(NoisecError, match="11 neighbours at one noise level and 20 at another"):
+        scorer_graph(of_two_levels(tiny, more, vectors, "dimension"))
 
 
 @pytest.mark.parametrize("apart", [False, True])

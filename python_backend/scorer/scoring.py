@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -148,8 +148,14 @@ def conformal_p_values(calibration: Floats, scores: Floats) -> Floats:
     Returns:
         float32 [n]
     """
-    at_least = len(calibration) - np.searchsorted(calibration, scores, side="left")
-    exact = (1 + at_least) / (1 + len(calibration))
+    result: Floats = _p_values(len(calibration))[len(calibration) - np.searchsorted(calibration, scores, side="left")]
+    return result
+
+
+@lru_cache
+def _p_values(size: int) -> Floats:
+    """Of 0, 1, ... and ``size`` calibration scores that are at least as high: float32 [size + 1]."""
+    exact = np.arange(1, size + 2) / (1 + size)
     rounded = exact.astype(np.float32)
     result: Floats = np.where(rounded > exact, np.nextafter(rounded, np.float32(0)), rounded)  # p <= alpha must hold in any precision
     return result
@@ -330,11 +336,11 @@ class Scorer:
             score: [n], where another runtime has fused it already
         """
         verdict = self.verdict(tensors) if score is None else self.judged(score)
-        repeated = memory.repeated(tensors[IMAGE_PENULTIMATE]) if memory else np.False_
+        malicious = verdict.is_malicious | memory.repeated(tensors[IMAGE_PENULTIMATE]) if memory else verdict.is_malicious
         return {
             "SCORE": verdict.score[:, None],
             "P_VALUE": verdict.p_value[:, None],
-            "IS_MALICIOUS": (verdict.is_malicious | repeated)[:, None],
+            "IS_MALICIOUS": malicious[:, None],
             "RELEASE": np.full((len(verdict.score), 1), self.release, np.int32),
         }
 
