@@ -115,6 +115,19 @@ def with_image_pass(fused: ModelProto) -> ModelProto:
     return result
 
 
+def with_scorer(passes: ModelProto, scorer: ModelProto, outputs: Sequence[str]) -> ModelProto:
+    """A graph that makes everything the scorer reads, with the scorer's behind it.
+
+    Args:
+        scorer: its inputs are outputs of ``passes``
+        outputs: of either, that are wanted
+    """
+    first, second = _same_opset(passes, scorer)
+    second = onnx.compose.add_prefix(second, "scorer/", rename_inputs=False, rename_outputs=False)
+    nodes = [*first.graph.node, *second.graph.node]
+    return only(_of_two(first, second, nodes, [*first.graph.output, *second.graph.output], "guard"), outputs)
+
+
 def only(model: ModelProto, outputs: Sequence[str]) -> ModelProto:
     """As much of a graph as makes these of its outputs."""
     inputs = [value.name for value in model.graph.input]

@@ -15,7 +15,7 @@ from tritonclient.grpc import model_config_pb2 as triton
 
 from noisec import contract
 from noisec.builders.classifier import read_model
-from noisec.builders.graphs import apart, save_model, with_image_pass
+from noisec.builders.graphs import apart, save_model, with_image_pass, with_scorer
 from noisec.builders.scorergraph import scorer_graph
 from noisec.builders.spec import GuardSpec
 from noisec.contract import stage_model
@@ -249,7 +249,8 @@ def write_repository(
 def _write_single(folder: Path, spec: GuardSpec, stages: Mapping[str, Path], scorer: scoring.Scorer) -> None:
     """What a guard in one process runs: its code and its scorer, and below it the networks' graphs and the scorer's. Passes of the
     classifier's copies lie there beside the image's own, whose first layers the amplified ones share, and not in the autoencoder's graph as
-    they do where stages are models of their own; without copies the image's pass is one with the others."""
+    they do where stages are models of their own; without copies the image's pass is one with the others, and the scorer's graph is behind
+    them in the same one."""
     for path in GUARD_FILES:
         shutil.copyfile(path, folder / path.name)
     scorer.save(folder / "scorer.npz")
@@ -258,7 +259,9 @@ def _write_single(folder: Path, spec: GuardSpec, stages: Mapping[str, Path], sco
         graphs = (read_model(stages[stage] / "model.onnx") for stage in ("autoencoder", "classifier"))
         arranged |= zip(("autoencoder", "image"), apart(*graphs), strict=True)
     elif fused_passes(spec):
-        arranged["autoencoder"] = with_image_pass(read_model(stages["autoencoder"] / "model.onnx"))
+        passes = with_image_pass(read_model(stages["autoencoder"] / "model.onnx"))
+        remembered = [contract.PASSES["image"]] if scorer.repeats else []
+        arranged = {"autoencoder": with_scorer(passes, arranged["scorer"], [contract.LOGITS, contract.SCORE, *remembered])}
     for name in {*stages, *arranged}:
         (folder / name).mkdir()
     for name, graph in arranged.items():

@@ -59,6 +59,7 @@ def test_serve_is_ready_in_ten_seconds_and_stops_without_a_trace(pixels, number)
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
     assert not [region for region in regions if region.exists()]
+    assert f"clients that give up can end this server: noisec arrange copies {GUARD} fused" in process.stdout.read()
 
 
 def test_serve_stops_without_a_trace_while_it_loads():

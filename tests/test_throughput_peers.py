@@ -71,6 +71,11 @@ def test_a_peer_of_a_fused_guard_makes_no_pass_twice(computing, images, served, 
     assert seen == [len(images)], "the noise and the reconstruction are the autoencoder stage's"
 
 
+def test_a_peer_of_a_guard_in_one_process_computes_its_one_graph(images, served, tmp_path):
+    rearrange(REPOSITORY, GUARD, ServingSpec(layout="single"), tmp_path)
+    assert_same(Guard(tmp_path, GUARD)(images), served)
+
+
 def test_requests_joined_by_a_peer_keep_their_own_answers(computing, images, served):
     edges = [0, 1, 3, 3 + 40, len(images)]
     answers = computing.together([images[start:stop] for start, stop in pairwise(edges)])

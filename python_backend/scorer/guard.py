@@ -32,7 +32,7 @@ class Guard:
 
     Args:
         directory: with ``scorer.npz``, and ``model.onnx`` in ``autoencoder``, ``classifier``, ``scorer`` and, where the guard asks copies
-            of the classifier, ``image``; elsewhere the autoencoder's may make the image's pass as well
+            of the classifier, ``image``; elsewhere the autoencoder's may make the image's pass, and the score, as well
         release: its number
         threads: compute threads of each session; 0 takes every core
 
@@ -45,16 +45,16 @@ class Guard:
         self.memory = self.scorer.new_memory()
         self._classifier = open_session(directory / "classifier" / "model.onnx", threads)
         self._autoencoder = open_session(directory / "autoencoder" / "model.onnx", threads)
-        self._scores = open_session(directory / "scorer" / "model.onnx", threads)
         copies = directory / "image" / "model.onnx"
         self._image = open_session(copies, threads) if copies.is_file() else self._classifier
         made = {output.name for output in self._autoencoder.get_outputs()}
-        self._made = [name for name in ("LOGITS", *self.scorer.inputs) if name in made]
+        self._made = [name for name in ("LOGITS", "SCORE", *self.scorer.inputs) if name in made]
         self._of_image = [] if "LOGITS" in made else [output.name for output in self._image.get_outputs()]
         """outputs of the image's own passes; empty where they are one with the others"""
         missing = set(self.scorer.inputs) - {*self._made, *map(_input, self._of_image)}
-        if missing:
+        if missing and "SCORE" not in made:
             raise ValueError(f"scorer.npz needs {sorted(missing)}, which the graphs beside it do not make")
+        self._scores = None if "SCORE" in made else open_session(directory / "scorer" / "model.onnx", threads)
 
     def label(self, images: Images) -> Arrays:
         """LOGITS float32 [n, classes]; the classifier alone runs."""
@@ -70,8 +70,9 @@ class Guard:
         tensors = dict(zip(self._made, self._autoencoder.run(self._made, {"IMAGE": images}), strict=True))
         if passes:
             tensors |= {_input(name): rows for name, rows in zip(self._of_image, passes.result(), strict=True)}
-        (score,) = self._scores.run(["SCORE"], {name: tensors[name] for name in self.scorer.inputs})
-        return {"LOGITS": tensors["LOGITS"], **self.scorer.outputs(tensors, self.memory, score[:, 0])}
+        if self._scores:
+            (tensors["SCORE"],) = self._scores.run(["SCORE"], {name: tensors[name] for name in self.scorer.inputs})
+        return {"LOGITS": tensors["LOGITS"], **self.scorer.outputs(tensors, self.memory, tensors["SCORE"][:, 0])}
 
 
 def _input(output: str) -> str:

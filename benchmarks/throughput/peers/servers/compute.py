@@ -68,8 +68,10 @@ class Guard:
         together = repository / name / release
         if (together / "image").is_dir():  # the layout in one process, with graphs of its own
             folders |= {"autoencoder": together / "autoencoder", "classifier": together / "image"}
-        graph = together / "scorer" / "model.onnx"
-        self._scores = open_session(graph, threads) if graph.is_file() else None
+        graphs = {name: together / name / "model.onnx" for name in ("autoencoder", "scorer")}
+        self._scores = open_session(graphs["scorer"], threads) if graphs["scorer"].is_file() else None
+        self._whole = open_session(graphs["autoencoder"], threads) if graphs["autoencoder"].is_file() and not self._scores else None
+        """of one graph with the scorer in it, as that layout has it where the guard asks no copies of its classifier"""
         self._autoencoder = open_session(folders["autoencoder"] / "model.onnx", threads)
         self._classifier = open_session(folders["classifier"] / "model.onnx", threads)
         self._scorer = load_scorer(folders["scorer"])
@@ -86,7 +88,12 @@ class Guard:
         self.shape: tuple[int, int, int] = tuple(self._autoencoder.get_inputs()[0].shape[1:])
 
     def __call__(self, images: npt.NDArray[np.float32]) -> dict[str, Array]:
-        """``ANSWERS``, [n] each, from float32 [n, C, H, W]: one call of the autoencoder, one of the classifier for all its passes."""
+        """``ANSWERS``, [n] each, from float32 [n, C, H, W]: one call of the autoencoder, one of the classifier for all its passes; or one
+        of all together."""
+        if self._whole:
+            names = [output.name for output in self._whole.get_outputs()]
+            tensors = dict(zip(names, self._whole.run(names, {"IMAGE": images}), strict=True))
+            return self._answers(tensors["LOGITS"].argmax(axis=1), tensors, tensors["SCORE"][:, 0])
         tensors = dict(zip(self._wanted, self._autoencoder.run(self._wanted, {"IMAGE": images}), strict=True))
         joined = np.concatenate([images, *(tensors[source] for source in self._passes.values())])
         answers = dict(zip(self._answered, self._classifier.run(self._answered, {"IMAGE": joined}), strict=True))
@@ -95,6 +102,9 @@ class Guard:
         passes = dict(zip(["IMAGE_PENULTIMATE", *self._passes], parts, strict=True))
         tensors |= answers | passes
         score = self._scores.run(["SCORE"], {name: tensors[name] for name in self._scorer.inputs})[0][:, 0] if self._scores else None
+        return self._answers(labels, tensors, score)
+
+    def _answers(self, labels: Array, tensors: dict[str, Array], score: Array | None) -> dict[str, Array]:
         verdict = self._scorer.outputs(tensors, self._memory, score)
         return dict(zip(ANSWERS, (labels, *(verdict[name][:, 0] for name in ("SCORE", "P_VALUE", "IS_MALICIOUS"))), strict=True))
 
