@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,13 @@ class Guard:
             of the classifier, ``image``; elsewhere the autoencoder's may make the image's pass, and the score, as well
         release: its number
         threads: compute threads of each session; 0 takes every core
+        hurries: whether a second core may be used for an image that is alone; it takes a second copy of the networks in memory
 
     Raises:
         ValueError: the scorer reads what the networks do not make.
     """
 
-    def __init__(self, directory: Path, release: int, threads: int = 1) -> None:
+    def __init__(self, directory: Path, release: int, threads: int = 1, *, hurries: bool = False) -> None:
         self.scorer = Scorer.load(directory / "scorer.npz", release)
         self.memory = self.scorer.new_memory()
         self._classifier = open_session(directory / "classifier" / "model.onnx", threads)
@@ -55,19 +56,29 @@ class Guard:
         if missing and "SCORE" not in made:
             raise ValueError(f"scorer.npz needs {sorted(missing)}, which the graphs beside it do not make")
         self._scores = None if "SCORE" in made else open_session(directory / "scorer" / "model.onnx", threads)
+        self._beside = ThreadPoolExecutor(1)
+        together = directory / "autoencoder" / "model.onnx"
+        self._hurried = open_session(together, 2, spinning=False) if hurries and not self._of_image else self._autoencoder
+
+    @property
+    def passes_apart(self) -> bool:
+        """Whether the image's own passes can run beside the others."""
+        return bool(self._of_image)
 
     def label(self, images: Images) -> Arrays:
         """LOGITS float32 [n, classes]; the classifier alone runs."""
         return {"LOGITS": self._classifier.run(["LOGITS"], {"IMAGE": images})[0]}
 
-    def verdict(self, images: Images, submit: Submit = in_turn) -> Arrays:
+    def verdict(self, images: Images, *, hurry: bool = False) -> Arrays:
         """LOGITS and the scorer's outputs, [n, ...] each.
 
         Args:
-            submit: runs the image's own passes, while this thread runs the denoiser and what comes after it
+            hurry: use a second core: for the image's own passes, or, where they are one with the others, for all of them
         """
+        submit: Submit = self._beside.submit if hurry else in_turn
         passes = submit(self._image.run, self._of_image, {"IMAGE": images}) if self._of_image else None
-        tensors = dict(zip(self._made, self._autoencoder.run(self._made, {"IMAGE": images}), strict=True))
+        networks = self._hurried if hurry else self._autoencoder
+        tensors = dict(zip(self._made, networks.run(self._made, {"IMAGE": images}), strict=True))
         if passes:
             tensors |= {_input(name): rows for name, rows in zip(self._of_image, passes.result(), strict=True)}
         if self._scores:

@@ -7,28 +7,29 @@ cost as much as the networks, as small networks on few cores do.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from .batching import Arrays, answer
-from .guard import Guard, in_turn
+from .guard import Guard
 
 LABEL = {"LOGITS"}
-QUIET = 0.0005
-"""seconds without a request after which another core is likely free"""
+QUIET, SURELY_QUIET = 0.0005, 0.0025
+"""seconds without a request after which another core is likely free: for passes side by side, which take no more processor time than one
+after the other, and for two threads on one pass, which do"""
 
 
 class TritonPythonModel:
     """IMAGE in; LOGITS, SCORE, P_VALUE, IS_MALICIOUS and RELEASE out."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        self.guard = Guard(Path(args["model_repository"], args["model_version"]), int(args["model_version"]))
-        self.beside = ThreadPoolExecutor(1)
-        """for the image's own passes where one image is all there is and nothing was asked just before"""
+        folder = Path(args["model_repository"], args["model_version"])
+        self.guard = Guard(folder, int(args["model_version"]), hurries=len(os.sched_getaffinity(0)) > 1)
+        self.quiet = QUIET if self.guard.passes_apart else SURELY_QUIET
         self.last = -math.inf
         """when the last requests were answered"""
 
@@ -37,8 +38,7 @@ class TritonPythonModel:
         images = arrays["IMAGE"]
         if LABEL.issuperset(wanted):
             return self.guard.label(images)
-        quiet = len(images) == 1 and time.monotonic() - self.last > QUIET
-        return self.guard.verdict(images, self.beside.submit if quiet else in_turn)
+        return self.guard.verdict(images, hurry=len(images) == 1 and time.monotonic() - self.last > self.quiet)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Requests for the label alone are answered apart, so that they cost no more beside others."""
