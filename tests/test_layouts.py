@@ -34,6 +34,7 @@ from noisec.clients import AsyncGuardClient, GuardClient
 from noisec.contract import stage_model
 from noisec.errors import NoisecError
 from noisec.manifest import read_manifest, releases, write_manifest
+from noisec.python_backend.scorer.guard import Guard
 from noisec.python_backend.scorer.session import open_session
 from noisec.python_backend.server import EmbeddedServer, ended_by_the_impatient
 
@@ -138,6 +139,16 @@ def test_one_process_gives_the_staged_verdicts(single_server, report, staged_ver
     np.testing.assert_array_equal(labels.labels, staged_verdicts.labels)
     after = images_answered(single_server.grpc_url)
     assert {name for name in after if after[name] > before[name]} == {GUARD}
+
+
+def test_an_image_alone_gets_the_same_verdict_on_two_cores(single, pixels):
+    guard = Guard(single / GUARD / "1", 1, hurries=True)
+    assert guard._hurried.get_session_options().intra_op_num_threads == 2
+    for image in pixels[:5, None]:
+        calm, hurried = guard.verdict(image), guard.verdict(image, hurry=True)
+        assert calm.keys() == hurried.keys() == {contract.LOGITS, *contract.VERDICT}
+        for name in calm:
+            np.testing.assert_allclose(hurried[name], calm[name], rtol=1e-4, atol=1e-4)
 
 
 def test_one_process_takes_bytes(single_bytes, report, staged_verdicts):
