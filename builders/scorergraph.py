@@ -20,13 +20,12 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from noisec import contract
+from noisec.builders.classifier import IR_VERSION
 from noisec.builders.export import OPSET
 from noisec.builders.graphs import without_repeats
 from noisec.errors import NoisecError
 from noisec.python_backend.scorer.detectors import LocalDimension, squared_lengths
 from noisec.python_backend.scorer.scoring import IMAGE_PENULTIMATE, IN_RANGE, NOISE_LEVEL, Detector, Scorer
-
-IR_VERSION = 9
 
 Array = npt.NDArray[Any]
 

@@ -110,7 +110,7 @@ def test_the_torch_guard_answers_what_the_stages_answer(subject, images, pgd, fu
         logits, score = whole(replace(subject))(torch.from_numpy(pixels))
     np.testing.assert_allclose(logits.numpy(), tensors[contract.LOGITS], rtol=1e-3, atol=1e-3)
     if fusion == scorer.fusion == subject.scorer.fusion:
-        np.testing.assert_allclose(score.numpy(), expected, rtol=1e-3, atol=1e-2)
+        np.testing.assert_allclose(score.numpy(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_an_unknown_kind_is_named(subject):

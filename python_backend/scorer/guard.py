@@ -35,7 +35,8 @@ class Guard:
             of the classifier, ``image``; elsewhere the autoencoder's may make the image's pass, and the score, as well
         release: its number
         threads: compute threads of each session; 0 takes every core
-        hurries: whether a second core may be used for an image that is alone; it takes a second copy of the networks in memory
+        hurries: whether a second core may be used for an image that is alone; where all passes are one, it takes a second copy of the
+            networks in memory
 
     Raises:
         ValueError: the scorer reads what the networks do not make.
@@ -44,9 +45,9 @@ class Guard:
     def __init__(self, directory: Path, release: int, threads: int = 1, *, hurries: bool = False) -> None:
         self.scorer = Scorer.load(directory / "scorer.npz", release)
         self.memory = self.scorer.new_memory()
+        networks, copies = directory / "autoencoder" / "model.onnx", directory / "image" / "model.onnx"
         self._classifier = open_session(directory / "classifier" / "model.onnx", threads)
-        self._autoencoder = open_session(directory / "autoencoder" / "model.onnx", threads)
-        copies = directory / "image" / "model.onnx"
+        self._autoencoder = open_session(networks, threads)
         self._image = open_session(copies, threads) if copies.is_file() else self._classifier
         made = {output.name for output in self._autoencoder.get_outputs()}
         self._made = [name for name in ("LOGITS", "SCORE", *self.scorer.inputs) if name in made]
@@ -57,8 +58,7 @@ class Guard:
             raise ValueError(f"scorer.npz needs {sorted(missing)}, which the graphs beside it do not make")
         self._scores = None if "SCORE" in made else open_session(directory / "scorer" / "model.onnx", threads)
         self._beside = ThreadPoolExecutor(1)
-        together = directory / "autoencoder" / "model.onnx"
-        self._hurried = open_session(together, 2, spinning=False) if hurries and not self._of_image else self._autoencoder
+        self._hurried = open_session(networks, 2, spinning=False) if hurries and not self._of_image else self._autoencoder
 
     @property
     def passes_apart(self) -> bool:
