@@ -40,7 +40,7 @@ def joined(autoencoder: ModelProto, classifier: ModelProto, before: NodeProto, a
     """
     (fed,) = before.output
     first, second = _same_opset(autoencoder, classifier)
-    first = onnx.compose.add_prefix(first, "autoencoder/", rename_inputs=False, rename_outputs=False)
+    first = _prefixed(first, "autoencoder/")
     second = onnx.compose.add_prefix(second, fed.removesuffix(contract.IMAGE))
     widths = {value.name: value.type.tensor_type.shape.dim[1].dim_value for value in second.graph.output}
     made = [
@@ -48,6 +48,13 @@ def joined(autoencoder: ModelProto, classifier: ModelProto, before: NodeProto, a
     ]
     nodes = [*first.graph.node, before, *second.graph.node, *after]
     return _of_two(first, second, nodes, [*first.graph.output, *made], "autoencoder and classifier")
+
+
+def _prefixed(model: ModelProto, prefix: str) -> ModelProto:
+    """The model with new names inside; its inputs and outputs keep theirs."""
+    options = {"rename_inputs": False, "rename_outputs": False, "rename_value_infos": False}  # shapes follow what they are of
+    renamed: ModelProto = onnx.compose.add_prefix(model, prefix, **options)
+    return renamed
 
 
 def _of_two(first: ModelProto, second: ModelProto, nodes: Sequence[NodeProto], outputs: Sequence[ValueInfoProto], name: str) -> ModelProto:
@@ -82,7 +89,7 @@ def apart(autoencoder: ModelProto, classifier: ModelProto) -> tuple[ModelProto, 
     made = {contract.PASSES[one] for one in contract.COPIES}
     names = [value.name for value in autoencoder.graph.output]
     own, copies = _same_opset(classifier, only(autoencoder, [name for name in names if name in made]))
-    own = onnx.compose.add_prefix(own, "own/", rename_inputs=False, rename_outputs=False)
+    own = _prefixed(own, "own/")
     outputs = [*own.graph.output, *copies.graph.output]
     both = _of_two(own, copies, [*own.graph.node, *copies.graph.node], outputs, "passes of the image")
     return only(autoencoder, [name for name in names if name not in made]), without_repeats(both)
@@ -123,7 +130,7 @@ def with_scorer(passes: ModelProto, scorer: ModelProto, outputs: Sequence[str]) 
         outputs: of either, that are wanted
     """
     first, second = _same_opset(passes, scorer)
-    second = onnx.compose.add_prefix(second, "scorer/", rename_inputs=False, rename_outputs=False)
+    second = _prefixed(second, "scorer/")
     nodes = [*first.graph.node, *second.graph.node]
     return only(_of_two(first, second, nodes, [*first.graph.output, *second.graph.output], "guard"), outputs)
 
@@ -217,4 +224,19 @@ def take_bytes(model: ModelProto) -> ModelProto:
     del graph.node[:]
     graph.node.extend(nodes)
     graph.initializer.append(scale)
+    return model
+
+
+def take_floats(model: ModelProto) -> ModelProto:
+    """The graph that :func:`take_bytes` was given, again."""
+    graph = model.graph
+    image = next(value for value in graph.input if value.name == contract.IMAGE)
+    image.type.tensor_type.elem_type = TensorProto.FLOAT
+    scale = next(index for index, one in enumerate(graph.initializer) if one.name == "bytes/255")
+    del graph.initializer[scale]
+    nodes = [node for node in graph.node if node.name not in ("bytes/cast", "bytes/divide")]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    for node in graph.node:
+        node.input[:] = [contract.IMAGE if name == FLOATS else name for name in node.input]
     return model

@@ -13,7 +13,7 @@ from onnx import ModelProto, helper
 
 from noisec import contract, manifest
 from noisec.builders.classifier import read_model
-from noisec.builders.graphs import JOIN, PART, joined, save_model, take_bytes
+from noisec.builders.graphs import JOIN, PART, joined, only, save_model, take_bytes, take_floats
 from noisec.builders.release import Release
 from noisec.builders.repository import fused_passes, read_plans, read_widths, write_repository
 from noisec.builders.spec import NETWORK_STAGES, GuardSpec, ServingSpec, Stage, changed
@@ -66,6 +66,19 @@ def fuse(autoencoder: ModelProto, classifier: ModelProto, spec: GuardSpec) -> Mo
     return joined(autoencoder, classifier, join, [part])
 
 
+def unarranged(spec: GuardSpec, stage: Stage, folder: Path) -> ModelProto:
+    """A stage's graph before it was arranged: staged, with float input.
+
+    Args:
+        folder: with ``model.onnx`` in the specification's layout, with its kind of input
+    """
+    graph = read_model(folder / "model.onnx")
+    if spec.serving.input == "uint8":
+        graph = take_floats(graph)
+    joined_in = {contract.PASSES[one] for one in fused_passes(spec)} if stage == "autoencoder" else set()
+    return only(graph, [output.name for output in graph.graph.output if output.name not in joined_in])
+
+
 def _compare(spec: GuardSpec, plain: Mapping[Stage, Path], fused: Path) -> None:
     """Run random pixels through the fused stage and the plain ones.
 
@@ -95,19 +108,19 @@ def rearrange(repository: Path, guard: str, serving: ServingSpec, target: Path) 
         target: model repository, the same or another
 
     Raises:
-        NoisecError: the release is not there, or its graphs are of another layout or input already and cannot go back.
+        NoisecError: the release is not there, or holds plans, which stay as they are.
     """
     old, former = manifest.read_manifest(repository, guard), Release.newest(repository, guard)
     spec, release, new = former.spec, former.release, changed(former.spec, serving=serving)
     other = (fused_passes(new), serving.input) != (fused_passes(spec), spec.serving.input)
     changes = [key for key in ("layout", "input") if getattr(serving, key) != getattr(spec.serving, key)]
-    if other and (spec.serving.layout, spec.serving.input) != ("staged", "float32"):
-        raise NoisecError(f"{guard} release {release} is {spec.serving.layout} with {spec.serving.input} input: start from its staged twin")
     if changes and spec.runtime != "onnxruntime":
         raise NoisecError(f"{guard} release {release} holds TensorRT plans: set serving.{changes[0]} in the TOML file and build it again")
     widths, names = read_widths(repository, guard)
     with tempfile.TemporaryDirectory() as folder:
         kept: dict[Stage, Path] = {stage: shutil.copytree(former.folder(stage), Path(folder, stage)) for stage in NETWORK_STAGES}
+        for stage in changed_stages(spec) if other else ():
+            save_model(unarranged(spec, stage, kept[stage]), kept[stage])
         stages = {str(stage): path for stage, path in kept.items()}
         for stage in changed_stages(new) if other else ():
             stages[stage] = Path(folder, f"new-{stage}")

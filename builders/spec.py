@@ -286,11 +286,12 @@ def depended_on(section: ClassifierSpec | AutoencoderSpec | HardenedSpec) -> dic
 
 
 class ServingSpec(Section):
-    layout: Literal["staged", "fused", "single"] = "staged"
+    layout: Literal["staged", "fused", "single"] = "fused"
     """``fused``: the autoencoder stage also makes the classifier passes of the noise and the reconstruction, in one pass over both; the
-    image's pass stays a stage of its own, for requests that want only the label. ``single``: the guard is no ensemble but one model that
-    does all of it in one process, on the CPU, with one compute thread (an image alone takes a second): give it an instance for each core;
-    its stages stay in the repository as models of their own"""
+    image's pass stays a stage of its own, for requests that want only the label. ``staged``: the classifier stage makes every pass; clients
+    that give up can end a Triton before 26.05 that serves it. ``single``: the guard is no ensemble but one model that does all of it in one
+    process, on the CPU, with one compute thread (an image alone takes a second): give it an instance for each core; its stages stay in the
+    repository as models of their own"""
     input: Literal["float32", "uint8"] = "float32"
     """what clients send as IMAGE: floats in [0, 1], or bytes, which the graphs divide by 255; a quarter of the traffic"""
     max_batch_size: Positive = 64
@@ -298,7 +299,7 @@ class ServingSpec(Section):
     """how long Triton's dynamic batcher waits for more requests"""
     scorer_delay_microseconds: Annotated[int, Field(ge=0)] = 0
     """the same for the scorer stage: the requests of one network batch arrive one after the other"""
-    instances: Positive = 1
+    instances: Positive = 2
     """copies of each network stage, or of a guard in one process, on each GPU or on the CPU"""
     max_queue_size: Annotated[int, Field(ge=0)] = 0
     """requests that may wait for a guard in one process; more are refused at once. 0: any number"""

@@ -319,16 +319,12 @@ def ended_by_the_impatient(repository: Path) -> list[str]:
     return [guard for guard, config in configs.items() if config.count(f'model_name: "{stage_model(guard, "classifier")}"') > 2]
 
 
-def serve(repository: Path, **options: Any) -> None:
-    """Serve until SIGINT or SIGTERM.
-
-    Args:
-        options: of :class:`EmbeddedServer`
+def serve(server: EmbeddedServer) -> None:
+    """Start a server and let it serve until SIGINT or SIGTERM.
 
     Raises:
-        NoisecError: the server cannot start, or has stopped by itself.
+        NoisecError: it cannot start, or has stopped by itself.
     """
-    server = EmbeddedServer(repository, **options)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # while the models load; what has been started is then stopped
     try:
         server.start()
@@ -338,8 +334,8 @@ def serve(repository: Path, **options: Any) -> None:
     with stop_signals() as caught, ExitStack() as stack:
         stack.callback(server.stop)
         print(f"ready: gRPC {server.grpc_url}, HTTP http://{server.http_url}, metrics {server.metrics_url}", flush=True)
-        print(f"guards: {', '.join(guards(repository))}; stop with Ctrl-C", flush=True)
-        if endangered := ", ".join(ended_by_the_impatient(repository)):
+        print(f"guards: {', '.join(guards(server.repository))}; stop with Ctrl-C", flush=True)
+        if endangered := ", ".join(ended_by_the_impatient(server.repository)):
             print(f"clients that give up can end this server: noisec arrange copies {endangered} fused (docs/known-issues.md)", flush=True)
         while not caught:
             if not server.is_alive():

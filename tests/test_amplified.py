@@ -154,9 +154,9 @@ def other_weights(classifier):
 def amplifying(report, tmp_path_factory):
     """The reference guard with passes of all copies, staged, and in one process under another name."""
     folder = tmp_path_factory.mktemp("amplifying")
-    plain, content = Release.newest(REPOSITORY, GUARD), manifest.read_manifest(REPOSITORY, GUARD)
-    detectors = (*plain.spec.detectors, CONFIDENCE, DISSENT)
-    spec = changed(plain.spec, detectors=detectors, hardened=HardenedSpec(eps=0.1), serving=ServingSpec())
+    rearrange(REPOSITORY, GUARD, ServingSpec(layout="staged", instances=1), folder / "plain")
+    plain, content = Release.newest(folder / "plain", GUARD), manifest.read_manifest(REPOSITORY, GUARD)
+    spec = changed(plain.spec, detectors=(*plain.spec.detectors, CONFIDENCE, DISSENT), hardened=HardenedSpec(eps=0.1))
     for name in ("loud", "amplified", "hardened"):
         (folder / name).mkdir()
     classifier = onnx.load(plain.folder("classifier") / "model.onnx")

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import tensorrt_rtx_bindings as rtx
 import torch
@@ -23,6 +24,7 @@ from noisec.builders.compiling import compile_with
 from noisec.builders.export import AutoencoderStage, export_difference, export_stage
 from noisec.builders.networks import CLASSIFIERS, DENOISERS
 from noisec.builders.recalibrate import recalibrate, recalibrate_with
+from noisec.builders.release import Release
 from noisec.builders.repository import read_config, read_plans
 from noisec.builders.sources import fashion_mnist
 from noisec.builders.spec import DetectorSpec, EngineOptions, read_spec
@@ -91,8 +93,10 @@ def test_a_guard_is_built_from_ones_own_images_and_served(guard):
 
 def test_the_published_view_costs_two_classifier_passes(guard):
     config = (guard.repository / "mine" / "config.pbtxt").read_text()
-    assert config.count('model_name: "mine_classifier"') == 2
+    assert config.count('model_name: "mine_classifier"') == 1
     assert "RECONSTRUCTION" not in config
+    made = {output.name for output in onnx.load(Release.newest(guard.repository, "mine").folder("autoencoder") / "model.onnx").graph.output}
+    assert made & {*contract.PASSES.values()} == {contract.PASSES["noise"]}
 
 
 def test_exported_stages_equal_their_networks(guard):

@@ -51,8 +51,14 @@ def arranged(tmp_path_factory: pytest.TempPathFactory, **serving: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fused(tmp_path_factory) -> Path:
-    return arranged(tmp_path_factory, layout="fused")
+def staged(tmp_path_factory) -> Path:
+    return arranged(tmp_path_factory, layout="staged")
+
+
+@pytest.fixture(scope="module")
+def fused() -> Path:
+    """The reference guard as it is shipped."""
+    return REPOSITORY
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +74,6 @@ def single(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def single_bytes(tmp_path_factory) -> Path:
     return arranged(tmp_path_factory, layout="single", input="uint8")
-
-
-@pytest.fixture(scope="module")
-def fused_server(fused) -> Iterator[EmbeddedServer]:
-    with EmbeddedServer(fused) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +106,8 @@ def blind_server(single, tmp_path_factory) -> Iterator[EmbeddedServer]:
 
 
 @pytest.fixture(scope="module")
-def staged_verdicts(started, report):
-    with GuardClient(started.grpc_url, GUARD) as client:
+def staged_verdicts(staged, report):
+    with EmbeddedServer(staged) as running, GuardClient(running.grpc_url, GUARD) as client:
         return client.classify(report[:200].pixels)
 
 
@@ -118,13 +118,14 @@ def same(found, wanted):
     np.testing.assert_allclose(found.logits, wanted.logits, rtol=1e-4, atol=1e-4)
 
 
-def test_other_layouts_are_whole_repositories_with_the_same_contract(fused, bytewise, single, single_bytes):
-    for repository in (fused, bytewise, single, single_bytes):
+def test_other_layouts_are_whole_repositories_with_the_same_contract(staged, fused, bytewise, single, single_bytes):
+    for repository in (staged, bytewise, single, single_bytes):
         assert manifest.verify_repository(repository) == []
         assert list(read_config(repository / GUARD).output) == list(read_config(REPOSITORY / GUARD).output)
     assert spec_of(fused).serving.layout == "fused"
-    steps = [step.model_name for step in read_config(fused / GUARD).ensemble_scheduling.step]
-    assert steps == [f"{GUARD}_autoencoder", f"{GUARD}_classifier", f"{GUARD}_scorer"]
+    for repository, passes in ((fused, 1), (staged, 3)):
+        steps = [step.model_name for step in read_config(repository / GUARD).ensemble_scheduling.step]
+        assert steps == [f"{GUARD}_autoencoder", *[f"{GUARD}_classifier"] * passes, f"{GUARD}_scorer"]
     alone = read_config(single / GUARD)
     assert (alone.platform, alone.backend, alone.instance_group[0].count) == ("", "python", 2)
 
@@ -173,15 +174,17 @@ def test_a_request_without_an_answer_in_time_says_how_long_that_was(single_serve
     asyncio.run(ask())
 
 
-def test_guards_that_impatient_clients_can_end_are_told(fused, single):
-    assert ended_by_the_impatient(REPOSITORY) == [GUARD]
+def test_guards_that_impatient_clients_can_end_are_told(staged, fused, single):
+    assert ended_by_the_impatient(staged) == [GUARD]
     assert ended_by_the_impatient(fused) == ended_by_the_impatient(single) == []
 
 
-def test_impatient_clients_do_not_end_a_guard_in_one_process(single_server, pixels):
+@pytest.mark.parametrize("name", ["started", "single_server"])
+def test_impatient_clients_do_not_end_a_server(name, pixels, request):
     """As they end the embedded server with a staged guard after some dozens of requests: Triton before 26.05."""
+    server = request.getfixturevalue(name)
     image = triton_grpc.InferInput(contract.IMAGE, (64, 1, 28, 28), "FP32").set_data_from_numpy(pixels[:64])
-    with triton_grpc.InferenceServerClient(single_server.grpc_url) as raw, GuardClient(single_server.grpc_url, GUARD) as patient:
+    with triton_grpc.InferenceServerClient(server.grpc_url) as raw, GuardClient(server.grpc_url, GUARD) as patient:
         expected = patient.classify(pixels[:20])
         for turn in range(200):
             with pytest.raises(InferenceServerException, match="Deadline Exceeded"):
@@ -270,14 +273,14 @@ def test_where_a_verdict_fails_labels_are_still_given_and_no_verdict_is(blind_se
                 assert result.as_numpy(contract.LOGITS).argmax() == staged_verdicts.labels[row]
 
 
-def test_fused_verdicts_are_the_staged_ones(fused_server, report, staged_verdicts):
-    with GuardClient(fused_server.grpc_url, GUARD) as client:
+def test_fused_verdicts_are_the_staged_ones(started, report, staged_verdicts):
+    with GuardClient(started.grpc_url, GUARD) as client:
         same(client.classify(report[:200].pixels), staged_verdicts)
         same(client.classify(report[:1].pixels), client.classify(report[:1].floats()))
 
 
-def test_a_label_costs_only_the_classifier(fused_server, byte_server, report):
-    for server in (fused_server, byte_server):
+def test_a_label_costs_only_the_classifier(started, byte_server, report):
+    for server in (started, byte_server):
         before = images_answered(server.grpc_url)
         with GuardClient(server.grpc_url, GUARD) as client:
             client.classify(report[:8].pixels, labels_only=True)
@@ -304,16 +307,29 @@ def test_wrong_shapes_of_bytes_are_refused(byte_server, report):
         client.classify(report[:1].pixels[:, :, :27])
 
 
+def tensors_of(repository: Path, images):
+    return StageRunner.of(spec_of(repository), in_process(Release.newest(repository, GUARD).stages, 1)).batch(images)
+
+
 @pytest.mark.parametrize("name", ["fused", "bytewise", "single", "single_bytes"])
-def test_builders_get_the_same_tensors_from_every_layout(name, pixels, request):
-    repository = request.getfixturevalue(name)
-    batch = pixels[:20]
-    tensors = [
-        StageRunner.of(spec_of(one), in_process(Release.newest(one, GUARD).stages, 1)).batch(batch) for one in (REPOSITORY, repository)
-    ]
-    assert tensors[0].keys() == tensors[1].keys()
-    for key, wanted in tensors[0].items():
-        np.testing.assert_allclose(tensors[1][key], wanted, rtol=1e-4, atol=1e-4)
+def test_builders_get_the_same_tensors_from_every_layout(name, pixels, staged, request):
+    wanted, found = tensors_of(staged, pixels[:20]), tensors_of(request.getfixturevalue(name), pixels[:20])
+    assert wanted.keys() == found.keys()
+    for key, rows in wanted.items():
+        np.testing.assert_allclose(found[key], rows, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["staged", "bytewise", "single", "single_bytes"])
+@pytest.mark.parametrize("back", [{"layout": "staged"}, {"layout": "fused"}, {"layout": "fused", "input": "uint8"}])
+def test_every_layout_can_be_left_again(name, back, staged, pixels, tmp_path, request):
+    rearrange(request.getfixturevalue(name), GUARD, ServingSpec(**back), tmp_path)
+    assert manifest.verify_repository(tmp_path) == []
+    graph = onnx.load(tmp_path / f"{GUARD}_classifier/1/model.onnx").graph
+    assert graph.input[0].type.tensor_type.elem_type == (onnx.TensorProto.UINT8 if "input" in back else onnx.TensorProto.FLOAT)
+    wanted, found = tensors_of(staged, pixels[:20]), tensors_of(tmp_path, pixels[:20])
+    assert wanted.keys() == found.keys()
+    for key, rows in wanted.items():
+        np.testing.assert_allclose(found[key], rows, rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_flow_through_a_fused_stage(fused, pixels):
@@ -334,8 +350,8 @@ def test_a_stage_of_bytes_takes_no_noise(bytewise, pixels):
         infer("classifier", pixels[:2] - 0.5, [contract.PENULTIMATE])
 
 
-def test_graphs_of_different_opsets_are_joined(pixels, fused, tmp_path):
-    folders = Release.newest(REPOSITORY, GUARD).stages
+def test_graphs_of_different_opsets_are_joined(pixels, staged, fused, tmp_path):
+    folders = Release.newest(staged, GUARD).stages
     autoencoder, classifier = (onnx.load(folders[stage] / "model.onnx") for stage in ("autoencoder", "classifier"))
     older = onnx.version_converter.convert_version(classifier, 16)
     onnx.save(fuse(autoencoder, older, spec_of(fused)), tmp_path / "model.onnx")
@@ -346,9 +362,9 @@ def test_graphs_of_different_opsets_are_joined(pixels, fused, tmp_path):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_a_classifier_that_mixes_the_rows_of_a_batch_stays_staged(tmp_path):
+def test_a_classifier_that_mixes_the_rows_of_a_batch_stays_staged(staged, tmp_path):
     copy = tmp_path / "mixing"
-    rearrange(REPOSITORY, GUARD, spec_of(REPOSITORY).serving, copy)
+    shutil.copytree(staged, copy)
     path = copy / f"{GUARD}_classifier/1/model.onnx"
     model = onnx.load(path)
     for node in model.graph.node:
@@ -387,10 +403,10 @@ def test_a_guard_is_arranged_from_the_command_line(tmp_path):
     assert "name a new folder" in arrange("--layout", "fused").stderr
 
 
-def test_what_does_not_go_together_is_refused(fused, single, tmp_path):
+def test_what_does_not_go_together_is_refused(single):
     content = spec_of(REPOSITORY).model_dump()
     with pytest.raises(ValidationError, match="goes with layout 'fused' or 'single'"):
-        GuardSpec.model_validate({**content, "serving": {"input": "uint8"}})
+        GuardSpec.model_validate({**content, "serving": {"layout": "staged", "input": "uint8"}})
     with pytest.raises(ValidationError, match="goes with runtime = 'onnxruntime'"):
         GuardSpec.model_validate({**content, "runtime": "tensorrt", "serving": {"layout": "fused", "input": "uint8"}})
     with pytest.raises(ValidationError, match="'single' goes with runtime = 'onnxruntime'"):
@@ -402,5 +418,3 @@ def test_what_does_not_go_together_is_refused(fused, single, tmp_path):
     with pytest.raises(NoisecError, match="fashion_mnist cannot be changed so:\n.*'single' goes with runtime = 'onnxruntime'"):
         compile_with(None, "9.0", single, GUARD, EngineOptions())
     assert releases(single, GUARD) == [1]
-    with pytest.raises(NoisecError, match="start from its staged twin"):
-        rearrange(fused, GUARD, ServingSpec(layout="fused", input="uint8"), tmp_path)

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 from conftest import GUARD, REPOSITORY
 from pydantic import ValidationError
@@ -14,6 +15,7 @@ from noisec import contract, manifest
 from noisec.builders import variants
 from noisec.builders.calibrate import NO_HEAD, REPEATED, fit_repeats
 from noisec.builders.card import write_card
+from noisec.builders.graphs import only
 from noisec.builders.images import Splits
 from noisec.builders.layout import rearrange
 from noisec.builders.repository import read_widths, scorer_inputs, write_repository
@@ -24,6 +26,7 @@ from noisec.contract import stage_model
 from noisec.errors import NoisecError
 from noisec.manifest import verify_repository
 from noisec.python_backend.scorer.detectors import View
+from noisec.python_backend.scorer.guard import Guard
 from noisec.python_backend.scorer.memory import Memory, Repeats
 from noisec.python_backend.scorer.scoring import Scorer
 from noisec.python_backend.server import EmbeddedServer
@@ -148,9 +151,7 @@ def remembering(request, tmp_path_factory, report):
     """A server of the reference guard with a memory."""
     content = manifest.read_manifest(REPOSITORY, GUARD)
     release = content["release"]
-    spec = GuardSpec.model_validate(content["spec"]).model_copy(
-        update={"memory": MemorySpec(size=SIZE, neighbours=NEIGHBOURS), "serving": ServingSpec(layout="staged")}
-    )
+    spec = GuardSpec.model_validate(content["spec"]).model_copy(update={"memory": MemorySpec(size=SIZE, neighbours=NEIGHBOURS)})
     stages = {stage: REPOSITORY / stage_model(GUARD, stage) / str(release) for stage in ("autoencoder", "classifier")}
     run = StageRunner.of(spec, in_process(stages, 1))
     tensors = run((batch.floats() for batch in report[1000:3000].batches()), 2000)
@@ -161,8 +162,7 @@ def remembering(request, tmp_path_factory, report):
     widths, names = read_widths(REPOSITORY, GUARD)
     write_repository(folder, spec, widths, names, stages, scorer)
     manifest.write_manifest(folder, GUARD, release, {**content, "spec": spec.model_dump(mode="json")})
-    if request.param != "staged":
-        rearrange(folder, GUARD, ServingSpec(layout=request.param), folder)
+    rearrange(folder, GUARD, ServingSpec(layout=request.param, instances=1), folder)  # several instances have a memory each
     assert verify_repository(folder) == []
     with EmbeddedServer(folder) as running:
         yield running
@@ -185,3 +185,11 @@ def test_a_search_around_one_image_is_flagged_and_other_images_are_not(rememberi
         np.testing.assert_allclose([step.scores[0] for step in steps], alone.scores, rtol=1e-3, atol=1e-3)
         np.testing.assert_array_equal([step.labels[0] for step in steps], alone.labels)
         np.testing.assert_array_equal(asking.classify(pixels).is_malicious, np.append(True, usual.is_malicious[1:]))  # the image too
+
+
+def test_a_guard_in_one_graph_that_hides_what_is_remembered_does_not_load(remembering, tmp_path):
+    rearrange(remembering.repository, GUARD, ServingSpec(layout="single"), tmp_path)
+    graph = tmp_path / GUARD / "1" / "autoencoder" / "model.onnx"
+    onnx.save(only(onnx.load(graph), [contract.LOGITS, contract.SCORE]), graph)
+    with pytest.raises(ValueError, match=rf"scorer.npz needs \['{IMAGE}'\], which the graphs beside it do not make"):
+        Guard(graph.parents[1], 1)

@@ -21,9 +21,11 @@ from noisec.builders.build import build
 from noisec.builders.compiling import compile_with
 from noisec.builders.engine import build_plan, gpus
 from noisec.builders.images import in_batches
+from noisec.builders.layout import arrange, rearrange
 from noisec.builders.precision import LOWERED, lower
+from noisec.builders.release import Release
 from noisec.builders.sanity import precision_problems
-from noisec.builders.spec import GUARDS, EngineOptions, read_spec
+from noisec.builders.spec import GUARDS, EngineOptions, ServingSpec, read_spec
 from noisec.builders.variants import NETWORK_STAGES, classifier_feeds
 from noisec.contract import stage_model
 from noisec.errors import NoisecError
@@ -36,19 +38,23 @@ PAIRS = [(stage, precision) for stage in NETWORK_STAGES for precision in PRECISI
 LOWER_PAIRS = [pair for pair in PAIRS if pair[1] != "fp32"]
 
 
-def exact(stage):
-    return REPOSITORY / stage_model(GUARD, stage) / "1"
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory):
+    """Stage -> folder of its graph as it is before it is arranged, which is what is lowered."""
+    staged = tmp_path_factory.mktemp("staged")
+    rearrange(REPOSITORY, GUARD, ServingSpec(layout="staged"), staged)
+    return Release.newest(staged, GUARD).stages
 
 
 @pytest.fixture(scope="module")
-def stages(tmp_path_factory, report):
+def stages(tmp_path_factory, report, exact):
     """(stage, precision) -> folder, made from 500 real clean images."""
     images = report[:500].floats()
     folders = {}
     for stage, precision in PAIRS:
         folders[stage, precision] = tmp_path_factory.mktemp(f"{stage}-{precision}")
-        feeds = in_batches(images) if stage == "autoencoder" else classifier_feeds(exact("autoencoder"), in_batches(images), contract.NOISE)
-        lower(exact(stage), precision, feeds, "entropy", folders[stage, precision])
+        feeds = in_batches(images) if stage == "autoencoder" else classifier_feeds(exact["autoencoder"], in_batches(images), contract.NOISE)
+        lower(exact[stage], precision, feeds, "entropy", folders[stage, precision])
     return folders
 
 
@@ -122,10 +128,10 @@ def test_what_reads_the_image_is_not_quantised(stages, stage):
 
 
 @pytest.mark.parametrize(("stage", "precision"), LOWER_PAIRS)
-def test_answers_drift_little(stages, pixels, stage, precision):
+def test_answers_drift_little(stages, exact, pixels, stage, precision):
     outputs = contract.AUTOENCODER_OUTPUTS[1:2] if stage == "autoencoder" else (contract.LOGITS,)
     found = run(stages[stage, precision], outputs, pixels)[outputs[0]]
-    wanted = run(exact(stage), outputs, pixels)[outputs[0]]
+    wanted = run(exact[stage], outputs, pixels)[outputs[0]]
     limit = {"fp16": 0.01, "int8": 0.15}[precision] * np.abs(wanted).max()
     assert 0 < np.abs(found - wanted).max() < limit
     if stage == "classifier":
@@ -138,6 +144,13 @@ def test_tensorrt_parses_and_builds_every_stage_in_every_precision(stages, stage
     plan = build_plan(rtx, path, largest=64, options=EngineOptions(optimum=16))
     assert len(plan) > 100_000
     assert plan != build_plan(rtx, path, largest=8, options=EngineOptions(optimum=1, level=0))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_tensorrt_parses_and_builds_fused_stages_in_every_precision(stages, precision, tmp_path):
+    arrange(Release.newest(REPOSITORY, GUARD).spec, {stage: stages[stage, precision] for stage in NETWORK_STAGES}, "autoencoder", tmp_path)
+    apart = build_plan(rtx, stages["autoencoder", precision] / "model.onnx", 64, EngineOptions(optimum=16))
+    assert len(build_plan(rtx, tmp_path / "model.onnx", 64, EngineOptions(optimum=16))) > len(apart)
 
 
 def test_a_stage_that_tensorrt_cannot_parse_is_named_with_its_reason(tmp_path):

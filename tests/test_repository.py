@@ -147,7 +147,7 @@ def test_the_reconstruction_error_costs_no_classifier_pass(spec):
 def test_instances_and_queue_are_as_the_specification_says(spec):
     widths = Widths((1, 28, 28), 10, 128)
     plain = network_config(spec, "classifier", widths)
-    assert plain.instance_group[0].count == 1
+    assert plain.instance_group[0].count == 2
     assert not plain.dynamic_batching.HasField("default_queue_policy")
     serving = spec.serving.model_copy(update={"layout": "single", "instances": 3, "max_queue_size": 500})
     config = network_config(spec.model_copy(update={"serving": serving}), "classifier", widths, {"9.0": "model_sm90.plan"})

@@ -20,6 +20,8 @@ import psutil
 import pytest
 from conftest import GUARD, REPOSITORY
 
+from noisec.builders.layout import rearrange
+from noisec.builders.spec import ServingSpec
 from noisec.clients import GuardClient
 from noisec.contract import stage_model
 from noisec.errors import NoisecError
@@ -43,10 +45,11 @@ def start_serving(repository):
     return process, match[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_serve_is_ready_in_ten_seconds_and_stops_without_a_trace(pixels, number):
+@pytest.mark.parametrize(("number", "layout"), [(signal.SIGINT, "fused"), (signal.SIGTERM, "staged")])
+def test_serve_is_ready_in_ten_seconds_and_stops_without_a_trace(pixels, number, layout, tmp_path):
+    rearrange(REPOSITORY, GUARD, ServingSpec(layout=layout), tmp_path)
     start = time.monotonic()
-    process, url = start_serving(REPOSITORY)
+    process, url = start_serving(tmp_path)
     assert time.monotonic() - start < 10
     with GuardClient(url, GUARD) as client:
         assert len(client.classify(pixels[:3])) == 3
@@ -59,7 +62,8 @@ def test_serve_is_ready_in_ten_seconds_and_stops_without_a_trace(pixels, number)
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
     assert not [region for region in regions if region.exists()]
-    assert f"clients that give up can end this server: noisec arrange copies {GUARD} fused" in process.stdout.read()
+    warning = f"clients that give up can end this server: noisec arrange copies {GUARD} fused"
+    assert (warning in process.stdout.read()) == (layout == "staged")
 
 
 def test_serve_stops_without_a_trace_while_it_loads():

@@ -27,7 +27,7 @@ def test_a_sweep_keeps_to_its_budget_and_leaves_the_repository_alone(tmp_path):
     found = tune(REPOSITORY, GUARD, Wish("throughput", 2, 4, None), 4, tmp_path, 0.3)
     assert time.monotonic() - start < 60
     assert not found.complete
-    assert [one.serving.layout for one in found.trials[:2]] == ["staged", "fused"]
+    assert [one.serving.layout for one in found.trials[:2]] == ["fused", "single"]
     assert all(one.load.failed == 0 and one.load.per_second > 0 for one in found.trials)
     assert found.best in found.trials
     assert manifest.verify_repository(REPOSITORY) == []
@@ -35,11 +35,11 @@ def test_a_sweep_keeps_to_its_budget_and_leaves_the_repository_alone(tmp_path):
 
 
 def test_every_axis_leaves_out_the_present_value():
-    layouts, instances, _, _, largest = axes(ServingSpec(instances=2), "onnxruntime", 4, 1)
+    layouts, instances, _, _, largest = axes(ServingSpec(layout="staged"), "onnxruntime", 4, 1)
     assert layouts == [{"layout": "fused"}, {"layout": "fused", "instances": 4}, {"layout": "single", "instances": 4}]
     assert instances == [{"instances": 1}, {"instances": 4}]
     assert largest == [{"max_batch_size": 16}, {"max_batch_size": 128}]
-    assert axes(ServingSpec(layout="fused"), "tensorrt", 4, 1)[0] == [{"instances": 2}, {"instances": 4}]
+    assert axes(ServingSpec(instances=1), "tensorrt", 4, 1)[0] == [{"instances": 2}, {"instances": 4}]
     assert axes(ServingSpec(layout="fused", instances=4), "onnxruntime", 4, 1)[0] == [{"layout": "single", "instances": 4}]
     assert axes(ServingSpec(), "tensorrt", 2, 1)[-1] == [{"max_batch_size": 16}], "a plan takes no larger batches"
     assert axes(ServingSpec(), "onnxruntime", 2, 32)[-1] == [{"max_batch_size": 32}, {"max_batch_size": 128}]
@@ -57,7 +57,7 @@ def test_several_processes_with_a_memory_each_are_told_of(spec):
     remembering = changed(spec, memory=MemorySpec())
     assert "a search by queries goes on about 2 times as long" in memories(remembering, single)
     assert memories(spec, single) == ""
-    for serving in (ServingSpec(layout="single"), ServingSpec(layout="fused", instances=2)):
+    for serving in (ServingSpec(layout="single", instances=1), ServingSpec(layout="fused", instances=2)):
         assert memories(remembering, serving) == ""
 
 
@@ -80,16 +80,16 @@ def test_a_setting_that_does_not_run_here_spoils_no_other(tmp_path, monkeypatch,
     whole = tuning.served
 
     def served(target, serving):
-        if serving.layout != "staged":
+        if serving.layout == "single":
             raise NoisecError("no room for it")
         return whole(target, serving)
 
     monkeypatch.setattr(tuning, "served", served)
-    monkeypatch.setattr(tuning, "axes", lambda *given: [[{"layout": "fused"}]])
+    monkeypatch.setattr(tuning, "axes", lambda *given: [[{"layout": "single"}]])
     found = tune(REPOSITORY, GUARD, Wish("throughput", 1, 1, None), 30, tmp_path, 0.2)
     assert len(found.trials) == 1
     assert found.complete
-    assert "'fused'} does not run here: no room for it" in " ".join(capsys.readouterr().err.split())
+    assert "'single'} does not run here: no room for it" in " ".join(capsys.readouterr().err.split())
 
 
 def test_settings_are_written_into_a_repository_and_its_manifest(tmp_path):

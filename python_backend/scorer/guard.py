@@ -53,8 +53,9 @@ class Guard:
         self._made = [name for name in ("LOGITS", "SCORE", *self.scorer.inputs) if name in made]
         self._of_image = [] if "LOGITS" in made else [output.name for output in self._image.get_outputs()]
         """outputs of the image's own passes; empty where they are one with the others"""
-        missing = set(self.scorer.inputs) - {*self._made, *map(_input, self._of_image)}
-        if missing and "SCORE" not in made:
+        read = self.scorer.inputs if "SCORE" not in made else [IMAGE_PENULTIMATE] if self.memory else []
+        missing = set(read) - {*self._made, *map(_input, self._of_image)}
+        if missing:
             raise ValueError(f"scorer.npz needs {sorted(missing)}, which the graphs beside it do not make")
         self._scores = None if "SCORE" in made else open_session(directory / "scorer" / "model.onnx", threads)
         self._beside = ThreadPoolExecutor(1)

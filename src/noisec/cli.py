@@ -210,10 +210,19 @@ def serve(
 
     Example: `noisec serve model_repository --grpc-port 9001`
     """
-    from noisec.python_backend.server import serve as serve_repository
+    from noisec.python_backend.server import EmbeddedServer
+    from noisec.python_backend.server import serve as serve_until_stopped
 
-    ports = {"http_port": http_port, "grpc_port": grpc_port, "metrics_port": metrics_port}
-    serve_repository(repository, host=host, **ports, ready_seconds=ready_seconds, verbose=verbose)
+    server = EmbeddedServer(
+        repository,
+        host=host,
+        http_port=http_port,
+        grpc_port=grpc_port,
+        metrics_port=metrics_port,
+        ready_seconds=ready_seconds,
+        verbose=verbose,
+    )
+    serve_until_stopped(server)
 
 
 @app.command()
@@ -265,7 +274,7 @@ def arrange(
 ) -> None:
     """Copy a guard's newest release with other serving settings, which `noisec tune` would find by measuring. The verdicts stay.
 
-    Example: `noisec arrange model_repository --guard fashion_mnist --layout fused --out fused`
+    Example: `noisec arrange model_repository --guard fashion_mnist --layout single --instances 2 --out single`
     """
     if out.exists():
         raise NoisecError(f"--out {out}: it exists already; name a new folder")
@@ -276,7 +285,7 @@ def arrange(
     given = {"layout": layout and layout.value, "input": pixels and pixels.value, "instances": instances, "max_queue_size": max_queue_size}
     asked = {name: value for name, value in given.items() if value is not None}
     if not asked:
-        raise NoisecError(f"{guard} stays as it is: say what to change, such as --layout fused")
+        raise NoisecError(f"{guard} stays as it is: say what to change, such as --layout single")
     former = Release.newest(repository, guard).spec
     rearrange(repository, guard, changed(former, serving={**former.serving.model_dump(), **asked}).serving, out)
     console.print(f"{out}: {guard} is written with {', '.join(f'{name} = {value}' for name, value in asked.items())}")
