@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import onnx
 import pytest
+import tensorrt_rtx_bindings as rtx
 import torch
 from conftest import GUARD, REPOSITORY
 from pydantic import ValidationError
@@ -18,6 +19,7 @@ from noisec.benchmarks.throughput.peers.servers.compute import Guard as PeerGuar
 from noisec.builders.amplified import AMPLIFICATION, DEEPER, amplifiable, amplified, amplify, chosen_depths, with_amplified_passes
 from noisec.builders.calibrate import fit_scorer
 from noisec.builders.copies import with_copies
+from noisec.builders.engine import build_plan
 from noisec.builders.export import export_stage
 from noisec.builders.hardened import with_weights
 from noisec.builders.head import read_head
@@ -26,7 +28,7 @@ from noisec.builders.layout import rearrange
 from noisec.builders.precision import lower
 from noisec.builders.release import Release
 from noisec.builders.repository import read_widths, write_repository
-from noisec.builders.spec import DetectorSpec, HardenedSpec, ServingSpec, changed
+from noisec.builders.spec import DetectorSpec, EngineOptions, HardenedSpec, ServingSpec, changed
 from noisec.builders.stages import StageRunner, ask_guard, in_process
 from noisec.builders.torchgraph import TorchGraph
 from noisec.clients import GuardClient
@@ -193,6 +195,15 @@ def test_every_layout_gives_the_verdicts_of_the_scorer_that_was_fitted(amplifyin
     fused = Release.newest(folder / "fused", "staged")
     again = ask_guard(StageRunner.of(fused.spec, in_process(fused.stages, 1)), scorer, iter([report[:200].floats()]), 200, "fused")
     np.testing.assert_allclose(again.scores, expected.scores, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("layout", ["staged", "fused"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_tensorrt_parses_and_builds_a_stage_with_every_copy(amplifying, pixels, tmp_path, layout, precision):
+    *_, folder = amplifying
+    release = Release.newest(folder / ("fused" if layout == "fused" else "repository"), "staged")
+    lower(release.folder("autoencoder"), precision, [pixels], "max", tmp_path)
+    assert len(build_plan(rtx, tmp_path / "model.onnx", 64, EngineOptions(optimum=16))) > 100_000
 
 
 @pytest.mark.parametrize("kind", ["float32", "uint8"])
