@@ -111,6 +111,20 @@ def test_the_same_input_is_known_again_far_from_the_centre_too(far):
         assert not memory.repeated(batch).any()
 
 
+def test_one_product_finds_the_neighbours_that_subtracting_everything_finds():
+    generator = np.random.default_rng(0)
+    memory = Memory(Repeats(np.ones(32, np.float32), np.float32(6), np.array(4), np.array(300)))
+    answers = []
+    for _ in range(60):
+        batch = generator.normal(1, 1, (12, 32)).astype(np.float32)
+        held = memory._points[: memory._seen, :-1] + 1
+        distances = np.linalg.norm(batch[:, None] - np.concatenate([held, batch]), axis=2)
+        expected = (distances <= 6).sum(axis=1) - 1 >= 4  # an input is no neighbour of its own
+        answers.append(memory.repeated(batch))
+        np.testing.assert_array_equal(answers[-1], expected)
+    assert 0.1 < np.mean(answers) < 0.9
+
+
 def test_a_memory_that_the_fit_images_do_not_fill_asks_for_as_many_neighbours_among_as_many():
     rows, labels = clustered(24000)
     calibration = view(rows[16000:], labels[16000:])
