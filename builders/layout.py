@@ -120,7 +120,9 @@ def rearrange(repository: Path, guard: str, serving: ServingSpec, target: Path) 
     with tempfile.TemporaryDirectory() as folder:
         kept: dict[Stage, Path] = {stage: shutil.copytree(former.folder(stage), Path(folder, stage)) for stage in NETWORK_STAGES}
         for stage in changed_stages(spec) if other else ():
-            save_model(unarranged(spec, stage, kept[stage]), kept[stage])
+            graph, kept[stage] = unarranged(spec, stage, kept[stage]), Path(folder, f"plain-{stage}")
+            kept[stage].mkdir()
+            save_model(graph, kept[stage])
         stages = {str(stage): path for stage, path in kept.items()}
         for stage in changed_stages(new) if other else ():
             stages[stage] = Path(folder, f"new-{stage}")
