@@ -32,6 +32,8 @@ except ImportError as error:
     raise NoisecError(f"the embedded server needs {error.name}: pip install 'noisec-triton[serve]'") from error
 
 LOG_CHARACTERS = 200_000
+START_SECONDS = 10.0
+"""in which a new process has become the server, at the latest"""
 FOLDER = "noisec-server-"
 RUNTIMES = Path(__file__).parent / "runtimes"
 
@@ -52,6 +54,16 @@ class _Server(TritonServer):  # type: ignore[misc]
         env["LD_LIBRARY_PATH"] = f"{sysconfig.get_config_var('LIBDIR')}:{env['LD_LIBRARY_PATH']}"
         env["OMP_NUM_THREADS"] = env["OPENBLAS_NUM_THREADS"] = env["MKL_NUM_THREADS"] = "1"
         return env
+
+    def stop(self) -> None:
+        """End the process, once it is the server: before that it is still a Python, which loses the signal."""
+        deadline = time.monotonic() + START_SECONDS
+        with suppress(psutil.Error):
+            while self.is_alive() and psutil.Process(self._tritonserver_running_cmd.pid).name() != "tritonserver":
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.01)
+        super().stop()
 
     def _record_logs(self, line: bytes | str) -> None:
         """Keep the end of the log; pytriton would keep all of it."""

@@ -16,8 +16,10 @@ from noisec import contract
 from noisec.builders.build import build
 from noisec.builders.classifier import dissect, make_stage
 from noisec.builders.export import AutoencoderStage, export_plain, noise_offset
+from noisec.builders.graphs import JOIN
 from noisec.builders.networks import DENOISERS, ResNet20
 from noisec.builders.protect import Preprocessing, load_module
+from noisec.builders.release import Release
 from noisec.builders.sources import fashion_mnist
 from noisec.builders.spec import PreprocessingSpec, read_spec
 from noisec.clients import GuardClient
@@ -161,7 +163,9 @@ view = "noise"
         report = client.classify(guard.splits.report.pixels)
     figures = read_manifest(guard.repository, "resnet20")["figures"]
     assert report.is_malicious.mean() == pytest.approx(figures["fpr"])
-    assert 'key: "IMAGE"\n      value: "NOISE_INPUT"' in (guard.repository / "resnet20" / "config.pbtxt").read_text()
+    graph = onnx.load(Release.newest(guard.repository, "resnet20").folder("autoencoder") / "model.onnx").graph
+    (join,) = (node for node in graph.node if node.name == JOIN)
+    assert join.input[0] == "NOISE_INPUT"
     preprocess = Preprocessing(PreprocessingSpec(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)))
     with torch.no_grad():
         batches = [network(preprocess(torch.from_numpy(images[start : start + 500] / np.float32(255)))) for start in range(0, 10000, 500)]
