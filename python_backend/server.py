@@ -11,7 +11,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -32,8 +32,10 @@ except ImportError as error:
     raise NoisecError(f"the embedded server needs {error.name}: pip install 'noisec-triton[serve]'") from error
 
 LOG_CHARACTERS = 200_000
-START_SECONDS = 10.0
-"""in which a new process has become the server, at the latest"""
+EXIT_SECONDS = 10
+"""for requests in flight, once the server is told to stop"""
+START_SECONDS, STOP_SECONDS = 10.0, 20.0
+"""in which a new process has become the server, and in which one has ended, at the latest"""
 FOLDER = "noisec-server-"
 RUNTIMES = Path(__file__).parent / "runtimes"
 
@@ -56,14 +58,15 @@ class _Server(TritonServer):  # type: ignore[misc]
         return env
 
     def stop(self) -> None:
-        """End the process, once it is the server: before that it is still a Python, which loses the signal."""
-        deadline = time.monotonic() + START_SECONDS
-        with suppress(psutil.Error):
-            while self.is_alive() and psutil.Process(self._tritonserver_running_cmd.pid).name() != "tritonserver":
-                if time.monotonic() > deadline:
-                    break
-                time.sleep(0.01)
-        super().stop()
+        """End the process with SIGTERM, once it is the server: before that it is still a Python, which loses signals. Pytriton's SIGINT is
+        ignored until the models are loaded, where this process was started in a shell's background."""
+        if self.is_alive():
+            with suppress(psutil.NoSuchProcess):
+                process = psutil.Process(self._tritonserver_running_cmd.pid)
+                _wait_for(lambda: process.name() == "tritonserver", START_SECONDS)
+                process.terminate()
+            _wait_for(lambda: not self.is_alive(), STOP_SECONDS)
+        super().stop()  # kills one that is still alive
 
     def _record_logs(self, line: bytes | str) -> None:
         """Keep the end of the log; pytriton would keep all of it."""
@@ -71,6 +74,13 @@ class _Server(TritonServer):  # type: ignore[misc]
         if self._verbose:
             print(text, end="", flush=True)
         self._tritonserver_logs: str = (self._tritonserver_logs + text)[-LOG_CHARACTERS:]
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    """Until it holds, or for so long."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 class EmbeddedServer:
@@ -198,7 +208,7 @@ class EmbeddedServer:
         for protocol, port in (("http", self.http_port), ("grpc", self.grpc_port), ("metrics", self.metrics_port)):
             config[f"{protocol}-address"] = self.host
             config[f"{protocol}-port"] = port
-        config["exit-timeout-secs"] = 10
+        config["exit-timeout-secs"] = EXIT_SECONDS
         shared_memory = PythonBackendConfig()
         shared_memory["shm-region-prefix-name"] = self._region
         arguments = shared_memory.to_list_args()

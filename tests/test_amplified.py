@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import numpy as np
 import onnx
@@ -129,8 +128,8 @@ def test_an_amplified_stage_can_be_lowered(small, pixels, tmp_path, precision):
     for folder in folders.values():
         folder.mkdir()
     amplify_to(folders["loud"], small, (1, 2))
-    shutil.copyfile(REPOSITORY / f"{GUARD}_autoencoder" / "1" / "model.onnx", folders["plain"] / "model.onnx")
-    with_amplified_passes(folders["plain"], folders["loud"], folders["whole"])
+    rearrange(REPOSITORY, GUARD, ServingSpec(layout="staged"), folders["plain"])
+    with_amplified_passes(Release.newest(folders["plain"], GUARD).folder("autoencoder"), folders["loud"], folders["whole"])
     lower(folders["whole"], precision, [pixels], "max", folders["low"])
     names = [contract.PASSES[one] for one in contract.AMPLIFIED]
     both = (open_session(folders[one] / "model.onnx").run(names, {contract.IMAGE: pixels}) for one in ("whole", "low"))

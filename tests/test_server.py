@@ -78,10 +78,17 @@ def test_serve_stops_without_a_trace_while_it_loads():
     assert not list(Path("/dev/shm").glob(f"noisec-{process.pid}-*"))
 
 
-@pytest.mark.parametrize("seconds", [0.05])
-def test_a_server_that_takes_too_long_says_how_to_wait_longer(seconds):
-    with pytest.raises(NoisecError, match=rf"not ready after {seconds} s: give it more \(ready_seconds, or --ready-seconds\)"):
-        EmbeddedServer(REPOSITORY, ready_seconds=seconds).start()
+@pytest.mark.parametrize("seconds", [0.001, 0.05, 0.3])
+@pytest.mark.parametrize("background", [False, True])
+def test_a_server_that_takes_too_long_says_how_to_wait_longer_and_is_stopped_at_once(seconds, background):
+    start = time.monotonic()
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN) if background else signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(NoisecError, match=rf"not ready after {seconds} s: give it more \(ready_seconds, or --ready-seconds\)"):
+            EmbeddedServer(REPOSITORY, ready_seconds=seconds).start()
+    finally:
+        signal.signal(signal.SIGINT, former)
+    assert time.monotonic() - start < 15
 
 
 def test_what_another_users_dead_server_left_stops_nobody(monkeypatch):
