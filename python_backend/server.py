@@ -10,9 +10,10 @@ import socket
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -158,7 +159,8 @@ class EmbeddedServer:
                 config=self._config(self._folder),
                 verbose=self._verbose,
             )
-            self._server.start()
+            with _deferred_signals():  # a process whose launch they interrupt is not known to this one, which could not stop it
+                self._server.start()
             self._wait_until_ready()
         except BaseException:
             self.stop()
@@ -333,6 +335,17 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _deferred_signals() -> Iterator[None]:
+    """SIGINT and SIGTERM act at the end of the block; threads other than the main one get none."""
+    in_main = threading.current_thread() is threading.main_thread()
+    deferred: AbstractContextManager[list[int]] = stop_signals() if in_main else nullcontext([])
+    with deferred as caught:
+        yield
+    for number in caught:
+        signal.raise_signal(number)
 
 
 def ended_by_the_impatient(repository: Path) -> list[str]:

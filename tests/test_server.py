@@ -66,10 +66,12 @@ def test_serve_is_ready_in_ten_seconds_and_stops_without_a_trace(pixels, number,
     assert (warning in process.stdout.read()) == (layout == "staged")
 
 
-def test_serve_stops_without_a_trace_while_it_loads():
+@pytest.mark.parametrize("seconds", [0, 0.005, 0.1])
+def test_serve_stops_without_a_trace_while_it_loads(seconds):
     process = subprocess.Popen([*SERVE, str(REPOSITORY)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not (children := psutil.Process(process.pid).children(recursive=True)):
-        time.sleep(0.01)
+        time.sleep(0.0005)
+    time.sleep(seconds)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 0
     assert "stopped before the models were loaded" in process.stdout.read()
