@@ -109,12 +109,13 @@ def as_bytes(images: Floats) -> npt.NDArray[np.uint8]:
     return pixels
 
 
-def on_gpu(stages: Mapping[str, Path], largest: int) -> Infer:
+def on_gpu(stages: Mapping[str, Path], largest: int, *, host_code: bool) -> Infer:
     """Stages run as TensorRT plans on this machine's first GPU.
 
     Args:
         stages: ``autoencoder`` and ``classifier`` -> folder with the stage's plan for this GPU
         largest: rows of the largest batch
+        host_code: whether the plans run code of their own on the host, as those do that were built ``version_compatible``
     """
     import torch
 
@@ -122,7 +123,8 @@ def on_gpu(stages: Mapping[str, Path], largest: int) -> Infer:
     from noisec.python_backend.runtimes.tensorrt.plan import Plan
 
     trt, name, device = find_tensorrt(), plan_name(compute_capability()), torch.device("cuda", 0)
-    plans = {stage: Plan(trt, folder / name, device, largest, graph_sizes(largest)) for stage, folder in stages.items()}
+    sizes = graph_sizes(largest)
+    plans = {stage: Plan(trt, folder / name, device, largest, sizes, host_code=host_code) for stage, folder in stages.items()}
 
     def infer(stage: str, images: Floats, outputs: Sequence[str]) -> Tensors:
         parts = []

@@ -108,7 +108,11 @@ def lowered(spec: GuardSpec, exact: dict[Stage, Path], stage: Stage, precision: 
     """Folder of one stage in one precision."""
     if precision == "fp32":
         return exact[stage]
-    inputs = {"from": exact[stage].name, "precision": precision, "calibration": spec.int8_calibration if precision == "int8" else None}
+    inputs = {"from": exact[stage].name, "precision": precision}
+    if precision == "int8":  # its ranges are those of images that the stage is fed
+        fields = {"int8_calibration", "seed", "natural_noise_sd", "data"}
+        inputs |= {**json.loads(spec.model_dump_json(include=fields)), "noise": spec.noise_source, "files": splits.digest}
+        inputs["autoencoder"] = exact["autoencoder"].name
 
     def make(folder: Path) -> None:
         images = natural(splits.fit[:INT8_IMAGES], spec.natural_noise_sd, spec.seed)
@@ -136,7 +140,9 @@ def compiled(spec: GuardSpec, source: Path, bench: Workbench) -> Path:
 
 def open_stages(spec: GuardSpec, stages: dict[str, Path]) -> Infer:
     """The stages, run in this process by the guard's own runtime."""
-    return on_gpu(stages, spec.serving.max_batch_size) if spec.runtime == "tensorrt" else in_process(stages)
+    if spec.runtime != "tensorrt":
+        return in_process(stages)
+    return on_gpu(stages, spec.serving.max_batch_size, host_code=spec.tensorrt.version_compatible)
 
 
 def classifier_feeds(autoencoder: Path, images: Iterable[Floats], noise_source: str) -> Iterator[Floats]:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import runpy
+import shlex
+import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -15,27 +21,30 @@ import tensorrt_rtx_bindings as rtx
 import torch
 from conftest import GUARD, REPOSITORY, ROOT
 from onnx import TensorProto, helper, numpy_helper
+from typer.testing import CliRunner
 
 from noisec import contract
-from noisec.benchmarks.gpu import check, measure
+from noisec.benchmarks.gpu import check, measure, pack
 from noisec.benchmarks.gpu.check import compile_copy, publish, serve
-from noisec.benchmarks.gpu.measure import agreement, differences
-from noisec.benchmarks.gpu.pack import install_script, split_into_pieces
+from noisec.benchmarks.gpu.measure import agreement, answers_of, differences, speed
+from noisec.benchmarks.gpu.pack import REQUIREMENTS, install_script, lower_guard, split_into_pieces
 from noisec.benchmarks.gpu.prepared import ATTACKED, Guard, Prepared
 from noisec.benchmarks.gpu.report import Result
 from noisec.benchmarks.gpu.stages import asking
+from noisec.builders import engine
 from noisec.builders.classifier import choose_penultimate, dissect, make_stage, read_model
 from noisec.builders.engine import gpus
 from noisec.builders.export import export_plain
 from noisec.builders.figures import Answers
 from noisec.builders.images import Splits
-from noisec.builders.repository import fused_passes
-from noisec.builders.spec import PreprocessingSpec
-from noisec.builders.stages import in_process
+from noisec.builders.repository import ensemble_steps, fused_passes
+from noisec.builders.spec import PreprocessingSpec, ServingSpec, changed
+from noisec.builders.stages import in_process, on_gpu
 from noisec.builders.torchgraph import TorchGraph
 from noisec.builders.variants import NETWORK_STAGES
 from noisec.errors import NoisecError
-from noisec.manifest import verify_repository
+from noisec.manifest import manifest_path, read_manifest, verify_repository, write_manifest
+from noisec.python_backend.runtimes.tensorrt import names
 from noisec.python_backend.scorer.scoring import Scorer
 from noisec.python_backend.scorer.session import open_session
 
@@ -225,6 +234,61 @@ def test_more_images_than_a_stage_takes_are_asked_in_parts_and_come_back_in_orde
     assert np.abs(found[contract.LOGITS] - wanted[contract.LOGITS]).max() < 1e-4
 
 
+def in_layout(guard: Guard, layout: str) -> Guard:
+    return dataclasses.replace(guard, spec=changed(guard.spec, serving=ServingSpec(layout=layout)))
+
+
+def served_steps(guard: Guard) -> list[tuple[str, set[str]]]:
+    """Each step of the ensemble that asks a network stage: the stage, and what it is asked for."""
+    steps = [(step.model_name.removeprefix(f"{guard.name}_"), set(step.output_map)) for step in ensemble_steps(guard.spec)]
+    return [(stage, outputs) for stage, outputs in steps if stage in NETWORK_STAGES]
+
+
+def test_the_guard_that_is_checked_asks_its_stages_for_what_the_served_one_asks_them(guard, pixels):
+    stages, asked = in_process(guard.stages), []
+
+    def infer(stage, images, outputs):
+        asked.append((stage, set(outputs)))
+        return stages(stage, images, outputs)
+
+    guard.runner(infer).batch(pixels[:4])
+    assert asked == served_steps(guard)
+    made_by_the_autoencoder = {contract.PASSES[one] for one in fused_passes(guard.spec)}
+    assert made_by_the_autoencoder <= dict(asked)["autoencoder"]
+    assert made_by_the_autoencoder
+
+
+@pytest.mark.parametrize(("layout", "passes_of_its_own"), [("fused", 1), ("staged", 3)])
+def test_the_guard_that_is_timed_launches_what_its_layout_launches(guard, monkeypatch, layout, passes_of_its_own):
+    guard, launched = in_layout(guard, layout), []
+    monkeypatch.setattr(measure, "new_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(measure, "median_ms", lambda launch: (launch(), 1.0)[1])
+    stages = {
+        stage: SimpleNamespace(largest=1, launcher=lambda rows, stage=stage: lambda: launched.append(stage)) for stage in NETWORK_STAGES
+    }
+    assert [row["stage"] for row in speed(guard, "here", stages)] == [*NETWORK_STAGES, "guard"]
+    of_the_guard = launched[len(NETWORK_STAGES) :]
+    assert of_the_guard == ["autoencoder", *["classifier"] * passes_of_its_own]
+    assert of_the_guard == [stage for stage, _ in served_steps(guard)]
+
+
+def test_a_lower_precision_is_that_of_a_build_which_lowers_before_it_joins_the_stages(guard, report, tmp_path):
+    splits = Splits(report[:0], report[:32], report[32:48], report[48:64], ("a", "b"))
+    made = lower_guard(guard, "int8", splits, tmp_path / "int8")
+    together, alone, exact = (
+        read_model(folder / "model.onnx").graph for folder in (made["autoencoder"], made["classifier"], guard.folder("autoencoder"))
+    )
+    assert [node.op_type for node in together.node if f"classifier/{contract.IMAGE}" in node.input] == ["Conv"]  # no quantiser
+    scales = [sorted(name for node in graph.node for name in node.input if "_scale" in name) for graph in (together, alone)]
+    assert [name for name in scales[0] if name.startswith("classifier/")] == [f"classifier/{name}" for name in scales[1]]
+    assert scales[1]
+    assert [value.name for value in together.output] == [value.name for value in exact.output]
+    images = report[64:96].floats()
+    found, wanted = (answers_of(guard, in_process(stages), images) for stages in (made, guard.stages))
+    assert differences(found, wanted, wanted)["label_agreement"] > 0.9
+
+
 def test_differences_are_the_largest_ones():
     exact = {contract.LOGITS: np.array([[1, 4], [2, 0]], np.float32)}
     found = {contract.LOGITS: np.array([[1, 4], [2, 3]], np.float32)}
@@ -270,19 +334,96 @@ def test_a_compiled_copy_is_as_its_manifest_says_and_the_repository_stays(guard,
     assert Scorer.load(copy.folder("scorer") / "scorer.npz").alpha == 0.05
 
 
-def test_what_was_prepared_comes_back_and_fits_one_guard_only(guard, report, tmp_path):
+def tensorrt_without_engines(allowed: list[bool]) -> SimpleNamespace:
+    """A TensorRT that loads no plan, and notes whether a plan might have run code on the host."""
+
+    class Runtime:
+        engine_host_code_allowed = False
+
+        def __init__(self, logger):
+            pass
+
+        def deserialize_cuda_engine(self, plan):
+            allowed.append(self.engine_host_code_allowed)
+
+    class Logger:
+        WARNING = 1
+
+        def __init__(self, severity):
+            pass
+
+    return SimpleNamespace(__version__="0", Runtime=Runtime, Logger=Logger)
+
+
+@pytest.mark.parametrize(("built", "expected"), [("version compatible", True), ("as ever", False), ("without manifest", False)])
+def test_the_backend_lets_plans_run_code_on_the_host_only_where_they_were_built_so(tmp_path, monkeypatch, built, expected):
+    copy = Path(shutil.copytree(REPOSITORY, tmp_path / "repository"))
+    content = {key: value for key, value in read_manifest(copy, GUARD).items() if key not in ("guard", "release", "files")}
+    content["spec"]["tensorrt"]["version_compatible"] = built != "as ever"
+    write_manifest(copy, GUARD, 1, content)
+    if built == "without manifest":
+        manifest_path(copy, GUARD, 1).unlink()
+    allowed: list[bool] = []
+    monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_without_engines(allowed))
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", SimpleNamespace())
+    for name, answer in (("is_available", True), ("get_device_capability", (9, 0)), ("set_device", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    load = runpy.run_path(str(Path(names.__file__).with_name("model.py")))["_load"]
+    for stage in NETWORK_STAGES:
+        model = contract.stage_model(GUARD, stage)
+        arguments = {"model_repository": str(copy / model), "model_version": "1", "model_instance_device_id": "0"}
+        with pytest.raises(RuntimeError, match="does not load with TensorRT 0 on this GPU"):
+            load(arguments, {"default_model_filename": "model.onnx", "max_batch_size": 4})
+    assert allowed == [expected] * len(NETWORK_STAGES)
+
+
+@pytest.mark.parametrize("host_code", [True, False])
+def test_stages_in_this_process_run_code_on_the_host_only_where_they_may(tmp_path, monkeypatch, host_code):
+    allowed: list[bool] = []
+    monkeypatch.setattr(engine, "find_tensorrt", lambda: tensorrt_without_engines(allowed))
+    monkeypatch.setattr(engine, "compute_capability", lambda: "9.0")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    (tmp_path / "model_sm90.plan").write_bytes(b"plan")
+    with pytest.raises(RuntimeError, match="does not load"):
+        on_gpu({"classifier": tmp_path}, 4, host_code=host_code)
+    assert allowed == [host_code]
+
+
+def test_what_was_prepared_comes_back_and_fits_one_guard_only(guard, report, tmp_path, monkeypatch):
     splits = Splits(report[:0], report[:30], report[30:50], report[50:60], ("a", "b"))
     graphs = {"fp16": {str(stage): tmp_path / "fp16" / stage for stage in NETWORK_STAGES}}
-    Prepared(splits, tmp_path / ATTACKED, graphs, {"int8": "no"}).save(tmp_path, guard.digests)
-    again = Prepared.load(tmp_path, guard.digests)
+    Prepared(splits, tmp_path / ATTACKED, graphs, {"int8": "no"}).save(tmp_path, guard)
+    again = Prepared.load(tmp_path, guard)
     for name in ("fit", "calibrate", "report"):
         assert np.array_equal(getattr(again.splits, name).pixels, getattr(splits, name).pixels)
         assert np.array_equal(getattr(again.splits, name).labels, getattr(splits, name).labels)
     assert (again.graphs, again.skipped, again.attacked) == (graphs, {"int8": "no"}, tmp_path / ATTACKED)
-    with pytest.raises(NoisecError, match="prepared for other stages"):
-        Prepared.load(tmp_path, {**guard.digests, "classifier": "another"})
-    with pytest.raises(NoisecError, match="nothing is prepared there"):
-        Prepared.load(tmp_path / "nowhere", guard.digests)
+    monkeypatch.setattr(Guard, "digests", {**guard.digests, "classifier": "another"})
+    with pytest.raises(NoisecError, match="prepared for other stages than the guard's; run this first: python -m noisec"):
+        Prepared.load(tmp_path, guard)
+
+
+def test_a_check_of_which_nothing_is_prepared_says_what_to_run_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "gpus", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    folder = tmp_path / "a folder" / "prepared"
+    with pytest.raises(NoisecError, match="nothing is prepared there") as error:
+        check.run_check(REPOSITORY, GUARD, folder, tmp_path / "out")
+    said = re.search("; run this first: (.+); then the check with --prepared (.+)$", str(error.value))
+    assert shlex.split(said[2]) == [str(folder)]
+    _, module, name, *arguments = shlex.split(said[1])
+    assert (module, name) == ("-m", pack.__name__)
+    prepared = []
+    monkeypatch.setattr(pack, "prepare", lambda *given: prepared.append(given))
+    assert CliRunner().invoke(pack.app, arguments).exit_code == 0
+    assert prepared == [(REPOSITORY, GUARD, folder)]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_help_says_that_tensorrt_does_not_travel():
+    assert not any("tensorrt" in name for name in REQUIREMENTS)
+    said = " ".join(CliRunner().invoke(pack.app, ["--help"], terminal_width=140).output.split())
+    assert "A TensorRT is not among the wheels either, and without one the check skips every part with plans" in said
 
 
 def test_a_part_that_cannot_be_done_is_skipped_with_its_reason_and_the_others_stay(tmp_path):

@@ -17,16 +17,18 @@ from onnx import TensorProto
 from tritonclient.grpc import model_config_pb2
 
 from noisec import contract
+from noisec.builders import variants
 from noisec.builders.build import build
 from noisec.builders.compiling import compile_with
 from noisec.builders.engine import build_plan, gpus
-from noisec.builders.images import in_batches
+from noisec.builders.images import Splits, in_batches
 from noisec.builders.layout import arrange, rearrange
 from noisec.builders.precision import LOWERED, lower
 from noisec.builders.release import Release
 from noisec.builders.sanity import precision_problems
 from noisec.builders.spec import GUARDS, EngineOptions, ServingSpec, read_spec
 from noisec.builders.variants import NETWORK_STAGES, classifier_feeds
+from noisec.builders.workbench import Workbench
 from noisec.contract import stage_model
 from noisec.errors import NoisecError
 from noisec.manifest import read_manifest, releases, verify
@@ -98,6 +100,32 @@ def test_the_graph_really_is_in_lower_precision(stages, stage, precision):
         kinds = [node.op_type for node in graph.node]
         share = kinds.count("QuantizeLinear") / max(1, sum(kind in LOWERED for kind in kinds))
     assert share > 0.9
+
+
+def test_a_graph_whose_nodes_have_no_names_is_quantised_all_the_same(exact, report, tmp_path):
+    (tmp_path / "unnamed").mkdir()
+    (tmp_path / "lowered").mkdir()
+    model = onnx.load(exact["classifier"] / "model.onnx")
+    for node in model.graph.node:
+        node.name = ""
+    onnx.save(model, tmp_path / "unnamed" / "model.onnx")
+    images = in_batches(report[:50].floats())
+    feeds = classifier_feeds(exact["autoencoder"], images, contract.NOISE)
+    lower(tmp_path / "unnamed", "int8", feeds, "max", tmp_path / "lowered")
+    kinds = [node.op_type for node in onnx.load(tmp_path / "lowered" / "model.onnx").graph.node]
+    assert kinds.count("QuantizeLinear") >= sum(kind in LOWERED for kind in kinds) - 2
+
+
+def test_other_noise_or_another_denoiser_is_calibrated_anew(exact, report, spec, tmp_path, monkeypatch):
+    splits = Splits(report[:9], report[:9], report[:9], report[:9], ())
+    monkeypatch.setattr(variants, "lower", lambda *given: None)
+    noisy = spec.model_copy(update={"natural_noise_sd": 0.2})
+    other = {**exact, "autoencoder": tmp_path / "another"}
+    bench = Workbench(tmp_path / "bench")
+    ways = [(spec, exact), (noisy, exact), (spec, other), (spec, exact)]
+    folders = [variants.lowered(one, stages, "classifier", "int8", splits, bench) for one, stages in ways]
+    assert len(set(folders)) == 3
+    assert folders[0] == folders[-1]
 
 
 @pytest.mark.parametrize("stage", NETWORK_STAGES)

@@ -1,8 +1,8 @@
 """A guard on this machine's NVIDIA GPU: answers, detection and speed, in one JSON file and one Markdown table.
 
-Example: ``python -m noisec.benchmarks.gpu.check``. ``noisec.benchmarks.gpu.pack`` prepares what it needs, here or for a machine without
-network. What the machine cannot do is skipped, and the reason is part of the result. The guard's stages always run as torch operations,
-launched one by one and as CUDA graphs.
+Example: ``python -m noisec.benchmarks.gpu.pack --only-prepare``, which prepares what it needs, here or for a machine without network, and
+then ``python -m noisec.benchmarks.gpu.check``. What the machine cannot do is skipped, and the reason is part of the result: plans are
+compiled where a TensorRT is installed. The guard's stages always run as torch operations, launched one by one and as CUDA graphs.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def run_check(repository: Path, name: str, folder: Path, out: Path) -> Result:
     if not torch.cuda.is_available():
         raise NoisecError(f"torch {torch.__version__} cannot use this machine's NVIDIA GPU: install a build for CUDA; nothing was written")
     guard = Guard.newest(repository, name)
-    prepared = Prepared.load(folder, guard.digests)
+    prepared = Prepared.load(folder, guard)
     result = Result(out, {**machine(), "guard": name, "release": guard.release})
     reference, images = in_process(guard.stages), prepared.splits.report[:VERIFIED].floats()
     exact = answers_of(guard, reference, images)
@@ -215,7 +215,10 @@ def check(
     prepared: Annotated[Path, typer.Option(help="What noisec.benchmarks.gpu.pack prepared.")] = PREPARED,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the JSON file and the table.")] = Path("benchmarks/results/gpu"),
 ) -> None:
-    """Verify a guard on this machine's NVIDIA GPU, refit and measure it; exit code 1 where a part broke."""
+    """Verify a guard on this machine's NVIDIA GPU, refit and measure it; exit code 1 where a part broke.
+
+    What python -m noisec.benchmarks.gpu.pack --only-prepare makes has to be there. Without a TensorRT every part with plans is skipped.
+    """
     try:
         result = run_check(repository, guard, prepared, out)
     except (NoisecError, OSError) as error:

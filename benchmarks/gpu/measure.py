@@ -18,7 +18,7 @@ from noisec.benchmarks.gpu.stages import BATCHES, GpuStage, new_stream
 from noisec.builders.calibrate import fit_scorer
 from noisec.builders.figures import Answers
 from noisec.builders.images import Floats, in_batches
-from noisec.builders.repository import passes_needed
+from noisec.builders.repository import own_passes, passes_needed
 from noisec.builders.stages import Infer, Tensors, joined
 from noisec.builders.variants import measured
 from noisec.clients import GuardClient
@@ -70,15 +70,13 @@ def _event() -> torch.cuda.Event:
 
 
 def speed(guard: Guard, runtime: str, stages: Mapping[str, GpuStage]) -> list[dict[str, Any]]:
-    """Times of each stage, and of the guard: its autoencoder and one classifier batch for every pass, on one stream."""
+    """Times of each stage, and of the guard: its autoencoder stage and a classifier batch for each pass outside that, on one stream."""
+    outside = set(passes_needed(guard.spec)) - set(own_passes(guard.spec))
     rows = []
     with torch.cuda.stream(new_stream()):
         for batch in [size for size in BATCHES if size <= min(stage.largest for stage in stages.values())]:
             launchers = {name: stage.launcher(batch) for name, stage in stages.items()}
-            whole = [
-                launchers["autoencoder"],
-                *(launchers["classifier"] for one in passes_needed(guard.spec) if one not in contract.COPIES),
-            ]
+            whole = [launchers["autoencoder"], *(launchers["classifier"] for _ in outside)]
             launchers["guard"] = lambda whole=whole: [launch() for launch in whole]  # type: ignore[misc]
             for name, launch in launchers.items():
                 ms = median_ms(launch)

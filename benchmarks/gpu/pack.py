@@ -1,7 +1,11 @@
 """Prepare the GPU check on a CPU, and pack what has to travel to a machine without network.
 
 Example: ``python -m noisec.benchmarks.gpu.pack``, then the commands that it prints. The machine is taken to have Python 3.12 with torch for
-CUDA, onnx and onnxruntime; everything else travels as wheels.
+CUDA, onnx and onnxruntime, which do not travel, nor does a TensorRT; everything else travels as wheels.
+
+Without a TensorRT the check skips every part with plans. The package ``tensorrt``, of a TensorRT container or NVIDIA's own index, does all
+of them. TensorRT for RTX can travel, with ``--also tensorrt-rtx-cu13-bindings --also tensorrt-rtx-cu13-libs``: it knows no Hopper GPU, and
+its plans are verified and timed, and not served, for the stand-in backend runs those of ``tensorrt``.
 
 The embedded server needs NumPy 1.26, so the environment that ``install.sh`` makes puts it in front of the machine's own NumPy. The
 machine's packages run with it: tried on Python 3.12 with torch 2.11 for CUDA 13, onnx 1.23 and onnxruntime 1.31, installed with NumPy 2.5.
@@ -26,14 +30,16 @@ import typer
 from noisec.benchmarks.gpu.prepared import ATTACKED, PREPARED, Guard, Prepared
 from noisec.builders import datasets
 from noisec.builders.attacks import AttackedImages, AttackSpec, attack
+from noisec.builders.graphs import save_model
 from noisec.builders.images import Floats, Images, Splits
+from noisec.builders.layout import changed_stages, unarranged
 from noisec.builders.precision import STAGE
 from noisec.builders.progress import console
 from noisec.builders.protect import LogitsOnly, Protected
 from noisec.builders.repository import read_widths
-from noisec.builders.spec import NETWORK_STAGES, Precision
+from noisec.builders.spec import NETWORK_STAGES, Precision, Stage
 from noisec.builders.torchgraph import TorchGraph
-from noisec.builders.variants import lowered
+from noisec.builders.variants import laid_out, lowered
 from noisec.builders.workbench import Workbench
 from noisec.errors import NoisecError
 
@@ -69,7 +75,7 @@ def prepare(repository: Path, name: str, folder: Path) -> None:
     made = {precision: lower_guard(guard, precision, splits, folder / precision) for precision in LOWER}
     skipped = {str(precision): reason for precision, reason in made.items() if isinstance(reason, str)}
     graphs = {str(precision): stages for precision, stages in made.items() if not isinstance(stages, str)}
-    Prepared(splits, folder / ATTACKED, graphs, skipped).save(folder, guard.digests)
+    Prepared(splits, folder / ATTACKED, graphs, skipped).save(folder, guard)
     for precision, reason in skipped.items():
         console.print(f"{precision}: skipped: {reason}")
     console.print(f"{folder}: prepared, {_megabytes(folder.rglob('*')):.1f} MiB")
@@ -90,14 +96,30 @@ def attack_guard(guard: Guard, images: Images, name: str) -> AttackedImages:
 
 
 def lower_guard(guard: Guard, precision: Precision, splits: Splits, folder: Path) -> dict[str, Path] | str:
-    """Both network stages in a lower precision, as a build makes them: stage -> its folder, or why that cannot be done here."""
-    with tempfile.TemporaryDirectory() as bench:
-        exact = {stage: guard.folder(stage) for stage in NETWORK_STAGES}
+    """Both network stages in a lower precision, as a build makes them: lowered one by one, then laid out as they are served.
+
+    Returns:
+        stage -> its folder, or why that cannot be done here
+    """
+    with tempfile.TemporaryDirectory() as place:
+        bench = Workbench(Path(place, "bench"))
+        exact = plain_stages(guard, Path(place))
         try:
-            made = {stage: lowered(guard.spec, exact, stage, precision, splits, Workbench(Path(bench))) for stage in NETWORK_STAGES}
+            made = {stage: lowered(guard.spec, exact, stage, precision, splits, bench) for stage in NETWORK_STAGES}
+            made |= {stage: laid_out(guard.spec, made, stage, bench) for stage in changed_stages(guard.spec)}
         except NoisecError as error:
             return str(error)
         return {str(stage): copy_graph(path, folder / stage) for stage, path in made.items()}
+
+
+def plain_stages(guard: Guard, folder: Path) -> dict[Stage, Path]:
+    """Stage -> folder with its graph as it was before it was laid out: staged, with float input."""
+    plain = {stage: guard.folder(stage) for stage in NETWORK_STAGES}
+    for stage in changed_stages(guard.spec):
+        graph, plain[stage] = unarranged(guard.spec, stage, plain[stage]), folder / stage
+        plain[stage].mkdir()
+        save_model(graph, plain[stage])
+    return plain
 
 
 def copy_graph(source: Path, target: Path) -> Path:
@@ -195,11 +217,18 @@ def main(
     repository: Annotated[Path, typer.Argument(help="Model repository with the guard.")] = Path("model_repository"),
     guard: Annotated[str, typer.Option("--guard", "-g", help="Name of the guard.")] = "fashion_mnist",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for everything.")] = PREPARED.parent,
-    also: Annotated[list[str] | None, typer.Option(help="One more package to carry, such as a TensorRT; repeatable.")] = None,
+    also: Annotated[
+        list[str] | None, typer.Option(help="One more package to carry, such as tensorrt-rtx-cu13-bindings; repeatable.")
+    ] = None,
     megabytes: Annotated[int, typer.Option(help="Largest piece, in MiB.", min=1)] = 48,
     only_prepare: Annotated[bool, typer.Option("--only-prepare", help="Only images, attacks and graphs; no wheels.")] = False,
 ) -> None:
-    """Prepare the GPU check on a CPU and pack the wheels for a machine without network, in pieces."""
+    """Prepare the GPU check on a CPU and pack the wheels for a machine without network, in pieces.
+
+    The machine has Python 3.12 with torch for CUDA, onnx and onnxruntime. A TensorRT is not among the wheels either, and without one the
+    check skips every part with plans: install the package tensorrt there, or carry TensorRT for RTX, which knows no Hopper GPU and whose
+    plans are measured and not served, with --also tensorrt-rtx-cu13-bindings --also tensorrt-rtx-cu13-libs.
+    """
     try:
         prepare(repository, guard, out / PREPARED.name)
         pieces = 0 if only_prepare else pack(out, also or [], megabytes * MEBIBYTE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,6 @@ from noisec import manifest
 from noisec.builders.images import Images, Splits
 from noisec.builders.precision import STAGE
 from noisec.builders.release import Release
-from noisec.builders.repository import passes_needed
 from noisec.builders.spec import NETWORK_STAGES
 from noisec.builders.stages import Infer, StageRunner
 from noisec.errors import NoisecError
@@ -37,31 +36,30 @@ class Prepared:
     """precision -> why there is no graph"""
 
     @classmethod
-    def load(cls, folder: Path, made_for: Mapping[str, str]) -> Prepared:
+    def load(cls, folder: Path, guard: Guard) -> Prepared:
         """What :meth:`save` wrote.
 
         Raises:
             NoisecError: nothing is there, or it was prepared for another guard.
         """
-        again = "run python -m noisec.benchmarks.gpu.pack --only-prepare"
         if not (folder / FACTS).is_file():
-            raise NoisecError(f"{folder}: nothing is prepared there; {again}")
+            raise NoisecError(f"{folder}: nothing is prepared there; {_first(folder, guard)}")
         facts = json.loads((folder / FACTS).read_text())
-        if facts["made_for"] != made_for:
-            raise NoisecError(f"{folder}: prepared for other stages than the guard's; {again}")
+        if facts["made_for"] != guard.digests:
+            raise NoisecError(f"{folder}: prepared for other stages than the guard's; {_first(folder, guard)}")
         with np.load(folder / "images.npz", allow_pickle=False) as arrays:
             fit, calibrate, report = (Images.whole(arrays[name], arrays[f"{name}_labels"]) for name in SETS)
         splits = Splits(fit[:0], fit, calibrate, report, tuple(facts["class_names"]))
         graphs = {name: {str(stage): folder / name / stage for stage in NETWORK_STAGES} for name in facts["precisions"]}
         return cls(splits, folder / ATTACKED, graphs, facts["skipped"])
 
-    def save(self, folder: Path, made_for: Mapping[str, str]) -> None:
+    def save(self, folder: Path, guard: Guard) -> None:
         """Write images and facts; attacked images and graphs lie in ``folder`` already."""
         sets = {name: getattr(self.splits, name) for name in SETS}
         labels = {f"{name}_labels": images.labels for name, images in sets.items()}
         np.savez_compressed(folder / "images.npz", **{name: images.pixels for name, images in sets.items()}, **labels)
         facts = {
-            "made_for": dict(made_for),
+            "made_for": guard.digests,
             "class_names": self.splits.class_names,
             "precisions": list(self.graphs),
             "skipped": self.skipped,
@@ -78,4 +76,16 @@ class Guard(Release):
         return {stage: manifest.digest(folder / STAGE) for stage, folder in self.stages.items()}
 
     def runner(self, infer: Infer) -> StageRunner:
-        return StageRunner(infer, passes_needed(self.spec), self.spec.noise_source)
+        """Asks the stages for what the served ensemble asks them for.
+
+        Args:
+            infer: (stage, float32 [n, C, H, W], output names) -> output name -> float32 [n, ...]
+        """
+        return StageRunner.of(self.spec, infer)
+
+
+def _first(folder: Path, guard: Guard) -> str:
+    """What to run, and where what it prepares will lie."""
+    options = [str(guard.repository), "--guard", guard.name, "--out", str(folder.parent), "--only-prepare"]
+    command = shlex.join(["python", "-m", "noisec.benchmarks.gpu.pack", *options])
+    return f"run this first: {command}; then the check with --prepared {shlex.quote(str(folder.parent / PREPARED.name))}"

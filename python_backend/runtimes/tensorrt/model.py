@@ -55,6 +55,7 @@ def _load(args: dict[str, str], config: dict[str, Any]) -> Plan:
     import tensorrt
     import torch
 
+    from noisec.python_backend.runtimes.tensorrt.names import has_host_code
     from noisec.python_backend.runtimes.tensorrt.plan import Plan
 
     if not torch.cuda.is_available():
@@ -65,8 +66,9 @@ def _load(args: dict[str, str], config: dict[str, Any]) -> Plan:
     file = named.get(f"{major}.{minor}") or config["default_model_filename"]
     cuda = config.get("optimization", {}).get("cuda", {})
     sizes = [int(spec["batch_size"]) for spec in cuda.get("graph_spec", [])] if cuda.get("graphs") else []
-    path = Path(args["model_repository"], args["model_version"], file)
-    return Plan(tensorrt, path, device, max(1, int(config["max_batch_size"])), sizes)
+    folder = Path(args["model_repository"], args["model_version"])
+    largest = max(1, int(config["max_batch_size"]))
+    return Plan(tensorrt, folder / file, device, largest, sizes, host_code=has_host_code(folder))
 
 
 def _read(tensor: Any) -> Tensor:

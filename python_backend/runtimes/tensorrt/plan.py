@@ -26,16 +26,22 @@ class Plan:
         largest: rows of the largest batch, at most what the plan was built for
         graph_sizes: batch sizes with a CUDA graph of their own; a batch runs in the next larger one, its last rows unused. A batch larger
             than all of them runs without a graph.
+        host_code: let the plan run code of its own on the host; one that was built ``version_compatible`` does not load without, for it
+            brings the TensorRT that it was built with
 
     Raises:
         RuntimeError: the plan does not load here.
     """
 
-    def __init__(self, trt: Any, path: Path, device: torch.device, largest: int, graph_sizes: Sequence[int] = ()) -> None:
+    def __init__(
+        self, trt: Any, path: Path, device: torch.device, largest: int, graph_sizes: Sequence[int] = (), *, host_code: bool = False
+    ) -> None:
         self.path = path
         self.largest = largest
         torch.cuda.set_device(device)
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
+        if host_code:
+            self._runtime.engine_host_code_allowed = True
         engine: tensorrt.ICudaEngine | None = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
             raise RuntimeError(f"{path.name} does not load with TensorRT {trt.__version__} on this GPU: compile it here")
