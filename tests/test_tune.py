@@ -18,13 +18,17 @@ from noisec.builders.spec import GuardSpec, MemorySpec, ServingSpec, changed
 from noisec.errors import NoisecError
 
 
+def load(per_second: float, p99: float = 3.0) -> Load:
+    return Load(10, 10, 1.0, per_second, 1.0, 2.0, p99, 0)
+
+
 def trial(gain: float, p99: float) -> Trial:
-    return Trial(ServingSpec(), Load(10, 10, 1.0, 10 * gain, 1.0, 2.0, p99, 0), gain)
+    return Trial(ServingSpec(), load(10 * gain, p99), gain)
 
 
 def test_a_sweep_keeps_to_its_budget_and_leaves_the_repository_alone(tmp_path):
     start = time.monotonic()
-    found = tune(REPOSITORY, GUARD, Wish("throughput", 2, 4, None), 4, tmp_path, 0.3)
+    found = tune(REPOSITORY, GUARD, Wish("throughput", 2, 4, None), 12, tmp_path, 0.3)
     assert time.monotonic() - start < 60
     assert not found.complete
     assert [one.serving.layout for one in found.trials[:2]] == ["fused", "single"]
@@ -32,6 +36,13 @@ def test_a_sweep_keeps_to_its_budget_and_leaves_the_repository_alone(tmp_path):
     assert found.best in found.trials
     assert manifest.verify_repository(REPOSITORY) == []
     assert len(tuning_rows(found)[1]) == len(found.trials)
+
+
+def test_a_setting_counts_with_its_slower_turn_that_the_faster_one_may_be_luck():
+    rates = {"present": iter((100.0, 100.0)), "other": iter((150.0, 120.0))}
+    found = tuning._in_turns(lambda url: load(next(rates[url])), ServingSpec(), "present", "other")
+    assert found.load.per_second == 120
+    assert found.gain == pytest.approx(1.35)
 
 
 def test_every_axis_leaves_out_the_present_value():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -11,9 +12,24 @@ from noisec.benchmarks.throughput.load import Generator, Sender, Traffic
 from noisec.benchmarks.throughput.peers.environments import prepare
 from noisec.benchmarks.throughput.peers.registry import PEERS, Peer, Settings
 from noisec.benchmarks.throughput.peers.running import Running, running
-from noisec.benchmarks.throughput.rows import GUARD, Part, Row, in_turns, of_load
+from noisec.benchmarks.throughput.rows import CONTENDERS, GUARD, Part, Row, by_setting, choose, in_turns, of_load
 from noisec.benchmarks.throughput.target import Target
 from noisec.errors import NoisecError
+
+MEETINGS = 2
+"""turns that a peer's best settings take side by side, before the better one meets this server"""
+Notes = tuple[str, ...]
+"""settings as their rows note them"""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A running server under load."""
+
+    what: str
+    note: str
+    traffic: Callable[[int], Traffic]
+    """requests to it, by batch size"""
 
 
 def peers_named(names: Sequence[str]) -> list[Peer]:
@@ -47,41 +63,51 @@ def compare_peer(
         loads: batch size and clients
 
     Returns:
-        rows of part "peer settings", one for each setting and load, and of part "peers"
+        rows of part "peer settings": one for each setting and load, and for each load those of its best settings in turns; and of part
+        "peers"
 
     Raises:
         NoisecError: the peer cannot be installed, or starts and answers at no setting.
     """
     environment = prepare(peer, work)
+    known = {f"{settings}; {peer.encoding}": settings for settings in peer.settings}
 
-    def asked(part: Part, settings: Settings, chosen: Sequence[tuple[int, int]], turns: int, beside: bool) -> list[Row]:
+    @contextmanager
+    def started(note: str) -> Iterator[Asked]:
+        with running(peer, environment, target.repository, target.name, known[note]) as server:
+            yield Asked(peer.name, note, partial(Traffic, partial(connection, peer.name, target.name, server.port)))
+
+    def asked(part: Part, notes: Notes, chosen: Sequence[tuple[int, int]], turns: int, *others: Asked) -> list[Row]:
         rows: list[Row] = []
-        with running(peer, environment, target.repository, target.name, settings) as server:
-            connect = partial(connection, peer.name, target.name, server.port)
+        with ExitStack() as stack:
+            servers = [*(stack.enter_context(started(note)) for note in notes), *others]
             for batch, clients in chosen:
-                others = [(GUARD, own(batch))] if beside else []
-                for what, traffic in in_turns(turns, [(peer.name, Traffic(connect, batch)), *others]):
-                    found = load.closed([traffic], clients, seconds)
-                    note = "" if what == GUARD else f"{settings}; {peer.encoding}"
-                    rows.append(of_load(part, what, found, batch, clients, note=note))
+                for one in in_turns(turns, servers):
+                    found = load.closed([one.traffic(batch)], clients, seconds)
+                    rows.append(of_load(part, one.what, found, batch, clients, note=one.note))
         return rows
 
-    tried, reasons = dict[Settings, list[Row]](), list[str]()
-    for settings in peer.settings:
+    tried, reasons = list[Row](), list[str]()
+    for note in known:
         with noting(reasons):
-            tried[settings] = asked("peer settings", settings, loads, 1, beside=False)
+            tried += asked("peer settings", (note,), loads, 1)
     if not tried:
         raise NoisecError(reasons[0])
-    best = {one: fastest(tried, at) for at, one in enumerate(loads)}
-    rows = [row for found in tried.values() for row in found]
-    for settings in dict.fromkeys(best.values()):
-        rows += asked("peers", settings, [one for one in loads if best[one] == settings], rounds, beside=True)
-    return rows
+    met, against = list[Row](), list[Row]()
+    for notes, chosen in fastest(tried, loads, CONTENDERS).items():
+        met += asked("peer settings", notes, chosen, MEETINGS)
+    for notes, chosen in fastest(met, loads, 1).items():
+        against += asked("peers", notes, chosen, rounds, Asked(GUARD, peer.name, own))
+    return tried + met + against
 
 
-def fastest(tried: Mapping[Settings, Sequence[Row]], at: int) -> Settings:
-    """The settings whose row ``at`` has the highest throughput."""
-    return max(tried, key=lambda settings: tried[settings][at].per_second)
+def fastest(rows: Sequence[Row], loads: Sequence[tuple[int, int]], count: int) -> dict[Notes, list[tuple[int, int]]]:
+    """The ``count`` best settings of each load, together -> the loads that have these."""
+    found: dict[Notes, list[tuple[int, int]]] = {}
+    for batch, clients in loads:
+        best = by_setting(choose(rows, "peer settings", batch=batch, clients=clients))[:count]
+        found.setdefault(tuple(sorted(same[0].note for same in best)), []).append((batch, clients))
+    return found
 
 
 @contextmanager

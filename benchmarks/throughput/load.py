@@ -50,7 +50,8 @@ class Load:
     images: int
     seconds: float
     per_second: float
-    """images answered per second"""
+    """images answered per second; in a closed loop, a request that reaches across an edge of the window counts by the share of its time
+    that lies inside"""
     p50_ms: float
     p95_ms: float
     p99_ms: float
@@ -72,10 +73,10 @@ class _Tally:
     images: int = 0
     failed: int = 0
 
-    def load(self, seconds: float) -> Load:
+    def load(self, seconds: float, images: float) -> Load:
+        """``images`` are those that the throughput is made of."""
         p50, p95, p99 = np.percentile(self.latencies, [50, 95, 99]) * 1000 if self.latencies else (float("nan"),) * 3
-        rate = self.images / seconds
-        return Load(len(self.latencies), self.images, seconds, rate, float(p50), float(p95), float(p99), self.failed)
+        return Load(len(self.latencies), self.images, seconds, images / seconds, float(p50), float(p95), float(p99), self.failed)
 
 
 class Requests:
@@ -107,10 +108,13 @@ async def closed_loop(
 ) -> Load:
     """``clients`` clients, each with one request under way at any time. Requests answered within the window count.
 
+    The throughput counts a request that reaches across an edge of the window by the share of its time that lies inside: whole ones would
+    make it as coarse as a request's images over ``seconds``, which few large requests turn into per cents.
+
     Args:
         seconds: length of the window, after ``warm_up`` seconds
     """
-    tally, requests = _Tally(), Requests(traffic, images, seed)
+    tally, requests, inside = _Tally(), Requests(traffic, images, seed), list[float]()
     async with AsyncExitStack() as stack:
         senders = [[await stack.enter_async_context(one.connect()) for one in traffic] for _ in range(clients)]
         start = time.perf_counter() + warm_up
@@ -125,10 +129,12 @@ async def closed_loop(
                     _note(tally, None if failed else end - begin, len(batch))
                 if failed:
                     await asyncio.sleep(BACKOFF)
+                else:
+                    inside.append(len(batch) * (max(0.0, min(end, stop) - max(begin, start)) / (end - begin)))
 
         unanswered = await _finish([asyncio.create_task(client(own)) for own in senders], seconds + warm_up + GRACE)
     tally.failed += unanswered
-    return tally.load(seconds)
+    return tally.load(seconds, sum(inside))
 
 
 async def open_loop(traffic: Sequence[Traffic], images: Images, rate: float, seconds: float, connections: int = 4, seed: int = 0) -> Load:
@@ -164,7 +170,7 @@ async def open_loop(traffic: Sequence[Traffic], images: Images, rate: float, sec
         threading.Thread(target=dispatch, daemon=True).start()
         await all_sent.wait()
         tally.failed += await _finish(tasks, GRACE)
-        return tally.load(time.perf_counter() - start)
+        return tally.load(time.perf_counter() - start, tally.images)
 
 
 def arrivals(rate: float, seconds: float, seed: int) -> npt.NDArray[np.float64]:

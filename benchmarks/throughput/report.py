@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from noisec.benchmarks.throughput.plots import PLOTS, draw
 from noisec.benchmarks.throughput.rows import CLASSIFIER, GUARD, LABELS, MANY, Row, choose, middle, write_csv
-from noisec.benchmarks.throughput.summary import Summary, added_latency, peer_figures, peer_names, read_summaries, write_summaries
+from noisec.benchmarks.throughput.summary import (
+    Summary,
+    added_latency,
+    figures_with,
+    over_peer,
+    peer_figures,
+    peer_names,
+    read_summaries,
+    turns_with,
+    write_summaries,
+)
 from noisec.builders.figures import markdown_table
 
 if TYPE_CHECKING:
@@ -84,7 +94,7 @@ def goals(guard: str, result: Result, summary: Summary) -> list[tuple[str, str, 
         ),
         ("half the load: p99 <= 3 x p50", f"{tail:.2f} x", tail <= 3),
     ]
-    return found + _peer_goals(result.rows, summary) + _soak_goals(result)
+    return found + _peer_goals(result.rows) + _soak_goals(result)
 
 
 def goal_table(guard: str, result: Result, summary: Summary) -> str:
@@ -92,15 +102,16 @@ def goal_table(guard: str, result: Result, summary: Summary) -> str:
     return markdown_table(["goal", "measured", ""], rows)
 
 
-def _peer_goals(rows: Sequence[Row], summary: Summary) -> list[tuple[str, str, bool]]:
-    if not summary["peers"]:
+def _peer_goals(rows: Sequence[Row]) -> list[tuple[str, str, bool]]:
+    """Beside the peer that does best in turns with the guard."""
+    ratios = {name: over_peer(rows, name) for name in peer_names(rows)}
+    if not ratios:
         return []
-    own = peer_figures(rows, GUARD)
-    many = own["per_second_single_image"] / max(peer["per_second_single_image"] for peer in summary["peers"].values())
-    one = own["per_second_1x1"] / max(peer["per_second_1x1"] for peer in summary["peers"].values())
+    many, best = min((ratio["per_second_single_image"], name) for name, ratio in ratios.items())
+    one, quickest = min((ratio["per_second_1x1"], name) for name, ratio in ratios.items())
     return [
-        ("single images, 16 clients: >= 2 x the best other server", f"{many:.2f} x", many >= 2),
-        ("one image, one client: no slower than another server", f"{one:.2f} x", one >= 1),
+        ("single images, 16 clients: >= 2 x the best other server", f"{many:.2f} x {best}", many >= 2),
+        ("one image, one client: no slower than another server", f"{one:.2f} x {quickest}", one >= 1),
     ]
 
 
@@ -119,18 +130,25 @@ def memory_growth(megabytes: Sequence[float]) -> float:
 
 
 def peer_table(result: Result) -> str:
-    """Images per second of every server under the same loads, each at its best settings."""
+    """Images per second of each peer at its best settings; below, the guard's in turns with it, and their ratio to the peer's."""
     names = peer_names(result.rows)
     if not names and not result.absent:
         return ""
-    rows = []
-    for name in [GUARD, *names] if names else []:
-        own = choose(result.rows, "peers", what=name)
-        encoding = own[0].note.split("; ")[-1] or "binary over gRPC"
-        figures = [f"{value:,.0f}" for value in peer_figures(result.rows, name).values()]
-        rows.append([f"**{name}**" if name == GUARD else name, encoding, *figures, str(sum(row.failed for row in own))])
+    rows = [line for name in names for line in _beside(result.rows, name)]
     table = markdown_table(["server", "encoding", "1 image, 1 client", f"1 image, {MANY} clients", "saturated", "failed"], rows)
     return "\n\n".join([table] * bool(names) + [f"{name} was not measured: {reason}" for name, reason in result.absent.items()])
+
+
+def _beside(rows: Sequence[Row], name: str) -> list[list[str]]:
+    """A peer's line, and that of the guard in turns with it."""
+    other, own = choose(rows, "peers", what=name), turns_with(rows, name)
+    theirs = [f"{value:,.0f}" for value in peer_figures(rows, name).values()]
+    pairs = zip(figures_with(rows, name).values(), over_peer(rows, name).values(), strict=True)
+    ours = [f"{value:,.0f} ({ratio:.2f} x)" for value, ratio in pairs]
+    return [
+        [name, other[0].note.split("; ")[-1], *theirs, str(sum(row.failed for row in other))],
+        [f"**{GUARD}**, in turns with it", "binary over gRPC", *ours, str(sum(row.failed for row in own))],
+    ]
 
 
 def stage_table(observations: Sequence[Observation]) -> str:

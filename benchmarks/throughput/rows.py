@@ -35,6 +35,8 @@ LABELS = "guard, label only"
 NONE = float("nan")
 MANY = 16
 """clients that send single images"""
+CONTENDERS = 2
+"""settings that a sweep passes on: the best of one short measurement each may have been lucky"""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Row:
     p99_ms: float
     failed: int
     note: str = ""
+    """settings or circumstances; of the guard in turns with a peer, the peer's name"""
 
 
 def in_turns(rounds: int, compared: Sequence[Compared]) -> Iterator[Compared]:

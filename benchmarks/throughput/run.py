@@ -23,6 +23,7 @@ from noisec.benchmarks.throughput.perf import PerfAnalyzer, find_perf_analyzer, 
 from noisec.benchmarks.throughput.report import write_results
 from noisec.benchmarks.throughput.rows import (
     CLASSIFIER,
+    CONTENDERS,
     GUARD,
     LABELS,
     MANY,
@@ -46,8 +47,6 @@ from noisec.python_backend.server import EmbeddedServer
 if TYPE_CHECKING:
     from noisec.benchmarks.throughput.peers.registry import Peer
 
-CONTENDERS = 2
-"""settings that a sweep passes on: the best of one short measurement each may have been lucky"""
 MORE = 3
 """times as many turns where what is compared differs by a few per cent"""
 SOAK_LOAD, SOAK_CHUNK = 0.8, 10.0

@@ -12,7 +12,7 @@ from noisec.benchmarks.throughput.rows import CLASSIFIER, GUARD, LABELS, MANY, R
 
 
 class PeerFigures(TypedDict):
-    """Images per second of a peer, each at the settings that are its best for that load."""
+    """Images per second of a server, each at the settings that are its best for that load."""
 
     per_second_1x1: float
     per_second_single_image: float
@@ -71,12 +71,35 @@ def peer_names(rows: Sequence[Row]) -> list[str]:
 
 
 def peer_figures(rows: Sequence[Row], name: str) -> PeerFigures:
-    """A peer's, or with ``GUARD`` this server's own under the same loads."""
-    own = choose(rows, "peers", what=name)
+    """A peer's."""
+    return _figures(choose(rows, "peers", what=name))
+
+
+def turns_with(rows: Sequence[Row], name: str) -> list[Row]:
+    """The guard's own turns with a peer; those with every peer where the rows, of an earlier version, name none."""
+    return [row for row in choose(rows, "peers", what=GUARD) if row.note in (name, "")]
+
+
+def figures_with(rows: Sequence[Row], name: str) -> PeerFigures:
+    """The guard's, in turns with a peer."""
+    return _figures(turns_with(rows, name))
+
+
+def _figures(turns: Sequence[Row]) -> PeerFigures:
     return {
-        "per_second_1x1": highest(choose(own, "peers", batch=1, clients=1)),
-        "per_second_single_image": highest(choose(own, "peers", batch=1, clients=MANY)),
-        "per_second_saturated": highest(own),
+        "per_second_1x1": highest(choose(turns, "peers", batch=1, clients=1)),
+        "per_second_single_image": highest(choose(turns, "peers", batch=1, clients=MANY)),
+        "per_second_saturated": highest(turns),
+    }
+
+
+def over_peer(rows: Sequence[Row], name: str) -> PeerFigures:
+    """The guard's figures in turns with a peer over the peer's: ratios."""
+    own, other = figures_with(rows, name), peer_figures(rows, name)
+    return {
+        "per_second_1x1": own["per_second_1x1"] / other["per_second_1x1"],
+        "per_second_single_image": own["per_second_single_image"] / other["per_second_single_image"],
+        "per_second_saturated": own["per_second_saturated"] / other["per_second_saturated"],
     }
 
 

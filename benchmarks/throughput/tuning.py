@@ -61,7 +61,7 @@ class Trial:
 
     serving: ServingSpec
     load: Load
-    """of its median turn"""
+    """of its median turn; of two, the slower one: the faster one may have been lucky"""
     gain: float
     """images a second over those of the present setting, measured in turns: the median ratio"""
 
@@ -151,7 +151,7 @@ def _in_turns(measure: partial[Load], serving: ServingSpec, present: str, other:
     for url in in_turns(ROUNDS, [present, other]):
         loads[url].append(measure(url))
     gain = statistics.median(new.per_second / old.per_second for old, new in zip(*loads.values(), strict=True))
-    return Trial(serving, sorted(loads[other], key=lambda load: load.per_second)[ROUNDS // 2], gain)
+    return Trial(serving, sorted(loads[other], key=lambda load: load.per_second)[(ROUNDS - 1) // 2], gain)
 
 
 def _measure(load: Generator, guard: str, wish: Wish, seconds: float, url: str) -> Load:

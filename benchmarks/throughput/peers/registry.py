@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from noisec.benchmarks.throughput.peers.senders import Open, over_grpc, over_http
@@ -50,9 +51,10 @@ class Peer:
 
     @property
     def requirements(self) -> list[str]:
-        """``package==version``, everything that its environment holds"""
+        """``package==version``, everything that its environment holds; a package without one in the file has the version that is
+        installed here, so that what is compared computes with the same."""
         lines = (REQUIREMENTS / f"{self.package}.txt").read_text().splitlines()
-        return [line for line in lines if line and not line.startswith("#")]
+        return [line if "==" in line else f"{line}=={metadata.version(line)}" for line in lines if line and not line.startswith("#")]
 
     @property
     def version(self) -> str:

@@ -1,0 +1,91 @@
+"""A peer is compared at its best, by its own turns with this server, and computes with the same runtime."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from importlib.metadata import version
+from types import SimpleNamespace
+
+import pytest
+from conftest import GUARD, REPOSITORY
+
+from noisec.benchmarks.throughput import compare, report, rows
+from noisec.benchmarks.throughput.load import Load, Traffic
+from noisec.benchmarks.throughput.peers.registry import ALIBI, LITSERVE, PEERS
+from noisec.benchmarks.throughput.peers.servers.compute import open_session
+from noisec.benchmarks.throughput.rows import MANY, Row
+from noisec.benchmarks.throughput.run import Result
+from noisec.benchmarks.throughput.summary import over_peer, peer_figures
+from noisec.benchmarks.throughput.target import Target
+from noisec.contract import stage_model
+
+
+def loaded(per_second: float) -> Load:
+    return Load(10, 10, 1.0, per_second, 1.0, 2.0, 3.0, 0)
+
+
+def peers_row(what: str, per_second: float, note: str, clients: int) -> Row:
+    return rows.of_load("peers", what, loaded(per_second), 1, clients, note=note)
+
+
+def test_settings_that_were_lucky_once_have_to_win_again(tmp_path, monkeypatch):
+    lucky, good, *others = LITSERVE.settings
+    rates = {lucky: iter((200, 100, 100)), good: iter((150, 150, 150, 150)), **{one: iter((50,)) for one in others}}
+    alive, most = [], []
+
+    @contextmanager
+    def running(peer, environment, repository, guard, settings):
+        alive.append(settings)
+        most.append(len(alive))
+        yield SimpleNamespace(port=settings)
+        alive.remove(settings)
+
+    def closed(traffic, clients, seconds):
+        asked = traffic[0].connect
+        return loaded(60 if asked is None else next(rates[asked.args[-1]]))
+
+    monkeypatch.setattr(compare, "prepare", lambda peer, work: work)
+    monkeypatch.setattr(compare, "running", running)
+    generator, target = SimpleNamespace(closed=closed), Target.newest(REPOSITORY, GUARD)
+    found = compare.compare_peer(LITSERVE, tmp_path, target, lambda batch: Traffic(None, batch), generator, [(1, 1)], 1.0, 1)
+    against = [(row.what, row.note, row.per_second) for row in found if row.part == "peers"]
+    assert against == [("LitServe", f"{good}; {LITSERVE.encoding}", 150), ("guard", "LitServe", 60)]
+    assert len(found) == len(LITSERVE.settings) + 2 * compare.MEETINGS + len(against)
+    assert max(most) == 2
+    assert not alive
+
+
+def test_a_peer_is_measured_against_the_turns_that_the_guard_took_with_it():
+    turns = [("LitServe", 100, 50), ("MLServer", 40, 40)]  # the machine was slower in the second one's
+    found = [
+        row
+        for name, guard, peer in turns
+        for clients in (1, MANY)
+        for row in (peers_row("guard", guard, name, clients), peers_row(name, peer, "no batching; JSON", clients))
+    ]
+    assert [over_peer(found, name)["per_second_single_image"] for name, *_ in turns] == [2, 1]
+    assert peer_figures(found, "LitServe") == dict.fromkeys(peer_figures(found, "LitServe"), 50)
+    assert [measured for _, measured, _ in report._peer_goals(found)] == ["1.00 x MLServer"] * 2
+    table = report.peer_table(Result(found))
+    assert "| JSON | 50 | 50 | 50 | 0 |" in table
+    assert "| 100 (2.00 x) | 100 (2.00 x) | 100 (2.00 x) | 0 |" in table
+
+
+def test_rows_that_name_no_peer_count_with_every_one():
+    found = [
+        *(peers_row("guard", rate, "", clients) for rate in (100, 40) for clients in (1, MANY)),
+        *(peers_row(name, 35, "no batching; JSON", clients) for name in ("LitServe", "MLServer") for clients in (1, MANY)),
+    ]
+    for name in ("LitServe", "MLServer"):
+        assert over_peer(found, name)["per_second_1x1"] == 2
+
+
+@pytest.mark.parametrize("peer", [peer for peer in PEERS if peer != ALIBI], ids=lambda peer: peer.package)
+def test_a_peer_has_the_onnx_runtime_of_the_guard(peer):
+    assert f"onnxruntime=={version('onnxruntime')}" in peer.requirements
+
+
+def test_two_threads_of_a_peer_do_not_spin():
+    model = REPOSITORY / stage_model(GUARD, "classifier") / str(Target.newest(REPOSITORY, GUARD).release) / "model.onnx"
+    options = open_session(model, threads=2).get_session_options()
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
