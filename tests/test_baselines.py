@@ -195,8 +195,37 @@ def test_magnet_fires_when_one_score_does(bench):
     detector = MagNet(Careless())
     detector.fit(bench.fit, lambda images: np.ones((len(images), 10), np.float32))
     bright = np.ones((1, 1, 28, 28), np.float32)
-    assert detector.score(bright) == pytest.approx(np.log(len(bench.fit) + 1), rel=1e-4)
+    assert detector.score(bright) > np.log(len(bench.fit))
     np.testing.assert_allclose(detector.statistics(bright), [[0.5, 0.25, 0, 0]], atol=1e-6)
+
+
+def test_what_lies_above_all_fit_images_is_still_ranked(bench):
+    detector = reconstruction_error_alone(nn.AvgPool2d(3, 1, 1))
+    detector.fit(bench.fit, in_arrays(bench.network))
+    noise = np.random.default_rng(0).choice([-1.0, 1.0], bench.clean[:1].shape).astype(np.float32)
+    scores = np.concatenate([detector.score(np.clip(0.5 + size * noise, 0, 1)) for size in (0.2, 0.3, 0.4, 0.5)])
+    assert (scores > np.log(len(bench.fit))).all()
+    assert (np.diff(scores) > 0).all()
+
+
+def test_confidences_that_round_to_one_are_still_ranked(bench):
+    class Sure(nn.Module):
+        """As sure of class 0 as the first pixel is bright, and never less than 1 - 1e-8."""
+
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(1)
+
+        def forward(self, images):
+            pixel = self.norm(images)[:, 0, 0, 0]
+            return torch.stack([20 + 10 * pixel, 0 * pixel], dim=1)
+
+    network = Sure().eval()
+    detector = IbdPsc(network)
+    detector.fit(bench.fit, in_arrays(network))
+    images = np.zeros((4, 1, 28, 28), np.float32)
+    images[:, 0, 0, 0] = [0.1, 0.2, 0.3, 0.4]
+    assert (np.diff(detector.score(images)) > 0.5).all()
 
 
 def test_far_activations_are_less_dense_than_near_ones():

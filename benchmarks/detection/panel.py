@@ -171,10 +171,11 @@ def baselines(subject: Subject, images: Images, attacked: Floats, calibration: S
         backdoors: those for backdoored inputs, too
     """
     network = WithHead(subject.features, subject.head)
+    noise = subject.spec.natural_noise_sd
     learned: list[Baseline] = [
-        MagNet(subject.denoiser),
-        reconstruction_error_alone(subject.denoiser),
-        divergence_alone(subject.denoiser),
+        MagNet(subject.denoiser, noise_sd=noise),
+        reconstruction_error_alone(subject.denoiser, noise_sd=noise),
+        divergence_alone(subject.denoiser, noise_sd=noise),
         Transitions(layers_of(subject.stages["classifier"])),
     ]
     if backdoors:

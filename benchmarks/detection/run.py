@@ -306,7 +306,8 @@ class Benchmark:
 
     def replayed(self, spec: AttackSpec) -> None:
         """An attack on a smaller classifier that the attacker trained, replayed (NoiSec's black-box setting)."""
-        inputs = {**self.classifier_key, "attack": spec.name, "on": "surrogate", "images": len(self.targets)}
+        size = {"images": len(self.targets), "queries": self.plan.sizes.square}
+        inputs = {**self.classifier_key, "attack": spec.name, "on": "surrogate", **size}
 
         def make(folder: Path) -> None:
             own = surrogate(self.subject, self.bench, self.seed)

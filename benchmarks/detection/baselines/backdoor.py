@@ -109,7 +109,8 @@ class IbdPsc:
     """IBD-PSC (Hou et al., ICML 2024, arXiv 2405.09786): a triggered image's label stays confident while the weights are amplified.
 
     The last ``k, k + 1, ..., k + 4`` batch norms are amplified, ``k`` where clean images begin to fail; the score is the mean confidence
-    in the original label. In a network with fewer batch norms than that asks for, ``k`` moves up, to ``1`` at most.
+    in the original label, as ``-log`` of what it lacks of 1: so close to 1 confidences themselves would tie. In a
+    network with fewer batch norms than that asks for, ``k`` moves up, to ``1`` at most.
     """
 
     network: nn.Module
@@ -133,9 +134,12 @@ class IbdPsc:
 
     def _score(self, pixels: Floats) -> Floats:
         rows, labels = np.arange(len(pixels)), self.predict(pixels).argmax(axis=1)
-        confidence = [softmax(network(pixels)).numpy()[rows, labels] for network in self.amplified]
-        mean: Floats = np.mean(confidence, axis=0).astype(np.float32)
-        return mean
+        others = [softmax(network(pixels)).numpy() for network in self.amplified]
+        for probabilities in others:
+            probabilities[rows, labels] = 0
+        lacking = np.mean([probabilities.sum(axis=1) for probabilities in others], axis=0)
+        score: Floats = -np.log(np.maximum(lacking, np.finfo(np.float64).tiny)).astype(np.float32)
+        return score
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from noisec.benchmarks.detection.baselines.base import Network, batched, in_arrays, softmax
-from noisec.builders.images import Floats, Images
+from noisec.builders.images import Floats, Images, natural
 from noisec.python_backend.scorer.scoring import conformal_p_values
 
 
@@ -35,9 +35,9 @@ def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
 class MagNet:
     """The paper's detectors, of which any one may fire.
 
-    The paper gives each score a threshold of its own, the same quantile of clean images for all. Here each is turned into its
+    The paper gives each score a threshold of its own, the same quantile of validation images for all. Here each is turned into its
     surprisal in nats, ``-log`` of the share of fit images that score as high, and the largest is the detector's score: a threshold on
-    it is the paper's rule for that quantile. Scores above all ``n`` fit images' tie at ``log(n + 1)``.
+    it is the paper's rule for that quantile. Above all fit images' it goes on rising with the score's logarithm, so that none tie.
     """
 
     denoiser: nn.Module
@@ -47,17 +47,21 @@ class MagNet:
     """of the reconstruction errors"""
     temperatures: tuple[float, ...] = (10.0, 40.0)
     """of the softmaxes under the divergences; the paper's for CIFAR-10"""
+    noise_sd: float = 0.0
+    """of the natural noise on half of the fit images"""
     predict: Network = field(init=False, repr=False)
-    clean: Floats = field(init=False, repr=False)
+    seen: Floats = field(init=False, repr=False)
     """float32 [powers + temperatures, number of fit images], each row ascending"""
 
     def fit(self, images: Images, predict: Network) -> None:
         self.predict = predict
-        self.clean = np.sort(self.statistics(images.floats()).T, axis=1)
+        self.seen = np.sort(self.statistics(np.concatenate(list(natural(images, self.noise_sd, seed=0)))).T, axis=1)
 
     def score(self, pixels: Floats) -> Floats:
-        each = zip(self.clean, self.statistics(pixels).T, strict=True)
-        surprisals = [-np.log(conformal_p_values(clean, column)) for clean, column in each]
+        surprisals = [
+            np.log(np.maximum(column / max(seen[-1], np.finfo(np.float32).tiny), 1)) - np.log(conformal_p_values(seen, column))
+            for seen, column in zip(self.seen, self.statistics(pixels).T, strict=True)
+        ]
         largest: Floats = np.max(surprisals, axis=0)
         return largest
 
@@ -74,11 +78,11 @@ class MagNet:
         return statistics
 
 
-def reconstruction_error_alone(denoiser: nn.Module, power: int = 1) -> MagNet:
+def reconstruction_error_alone(denoiser: nn.Module, power: int = 1, noise_sd: float = 0.0) -> MagNet:
     """Ablation: one reconstruction error and no look at the classifier."""
-    return MagNet(denoiser, "reconstruction error alone", (power,), ())
+    return MagNet(denoiser, "reconstruction error alone", (power,), (), noise_sd)
 
 
-def divergence_alone(denoiser: nn.Module, temperature: float = 1.0) -> MagNet:
+def divergence_alone(denoiser: nn.Module, temperature: float = 1.0, noise_sd: float = 0.0) -> MagNet:
     """Ablation: one divergence; at ``T = 1`` what NoiSec's authors compared with under MagNet's name."""
-    return MagNet(denoiser, f"JSD alone (T = {temperature:g})", (), (temperature,))
+    return MagNet(denoiser, f"JSD alone (T = {temperature:g})", (), (temperature,), noise_sd)
