@@ -219,7 +219,7 @@ def write_repository(
         stages: ``autoencoder`` and ``classifier`` -> folder with ``model.onnx`` and, where it has any, its external data and plans
         plans: compute capability -> name of the TensorRT plan in every stage's folder; empty for the ONNX runtime
     """
-    own = repository / spec.name
+    own, created = repository / spec.name, not repository.exists()
     own.mkdir(parents=True, exist_ok=True)
     for left in own.glob(f"{UNFINISHED}*"):
         shutil.rmtree(left)
@@ -243,6 +243,8 @@ def write_repository(
     except BaseException:
         with suppress(OSError):  # a guard that is new leaves no empty folder
             own.rmdir()
+            if created:
+                repository.rmdir()
         raise
 
 

@@ -19,7 +19,8 @@ class Verdicts:
     logits: npt.NDArray[np.float32]
     """float32 [n, classes]"""
     scores: npt.NDArray[np.float32] | None
-    """float32 [n] in nats, higher is more suspicious; NaN where the input was no image; None where only labels were asked for"""
+    """float32 [n] in nats, higher is more suspicious, the largest number where the input was no image; None where only labels were asked
+    for"""
     p_values: npt.NDArray[np.float32] | None
     """float32 [n], conformal p-values in (0, 1]"""
     is_malicious: npt.NDArray[np.bool_] | None

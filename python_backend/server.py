@@ -24,6 +24,7 @@ from noisec.manifest import UNFINISHED, guards, verify_repository
 
 try:
     import psutil
+    import sh
     import tritonclient.grpc as triton_grpc
     from pytriton.server.python_backend_config import PythonBackendConfig
     from pytriton.server.triton_server import TritonServer
@@ -68,6 +69,11 @@ class _Server(TritonServer):  # type: ignore[misc]
                 process.terminate()
             _wait_for(lambda: not self.is_alive(), STOP_SECONDS)
         super().stop()  # kills one that is still alive
+
+    def drain(self) -> None:
+        """Wait until all that the process printed, which has ended, is recorded."""
+        with suppress(sh.ErrorReturnCode, sh.TimeoutException):
+            self._tritonserver_running_cmd.wait(timeout=STOP_SECONDS)
 
     def _record_logs(self, line: bytes | str) -> None:
         """Keep the end of the log; pytriton would keep all of it."""
@@ -148,6 +154,8 @@ class EmbeddedServer:
 
     def start(self) -> EmbeddedServer:
         """Start the process and wait until every model is ready."""
+        if re.search(r"\s", tempfile.gettempdir()):  # Triton starts its Python processes through a shell
+            raise NoisecError(f"the folder for temporary files is {tempfile.gettempdir()!r}: set TMPDIR to one without spaces in its name")
         _remove_abandoned()
         self._folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-"))
         try:
@@ -174,16 +182,17 @@ class EmbeddedServer:
 
     def stop(self) -> None:
         """Let requests in flight finish, end the process and remove what it left: Python processes, where it ended by itself, and memory in
-        /dev/shm. May be called twice."""
-        if self._server is not None:
-            self._server.stop()
-        if self._folder is not None:
-            _end_processes_of(self._folder)
-        for region in Path("/dev/shm").glob(f"{self._region}*"):
-            with suppress(FileNotFoundError):
-                region.unlink()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        /dev/shm. May be called twice. A second Ctrl-C waits for that."""
+        with _deferred_signals():
+            if self._server is not None:
+                self._server.stop()
+            if self._folder is not None:
+                _end_processes_of(self._folder)
+            for region in Path("/dev/shm").glob(f"{self._region}*"):
+                with suppress(FileNotFoundError):
+                    region.unlink()
+            if self._folder is not None:
+                shutil.rmtree(self._folder, ignore_errors=True)
 
     def is_alive(self) -> bool:
         return self._server is not None and bool(self._server.is_alive())
@@ -219,10 +228,12 @@ class EmbeddedServer:
         return config
 
     def _wait_until_ready(self) -> None:
+        assert self._server is not None
         deadline = time.monotonic() + self._ready_seconds
         with triton_grpc.InferenceServerClient(self.grpc_url) as client:
             while time.monotonic() < deadline:
                 if not self.is_alive():
+                    self._server.drain()
                     raise NoisecError(f"{self.repository}: the server stopped while it loaded:\n{self.reasons()}")
                 with suppress(triton_grpc.InferenceServerException):
                     if client.is_server_ready():
@@ -300,6 +311,9 @@ def _ports(host: str, *wanted: int) -> list[int]:
     Raises:
         NoisecError: a port is taken or may not be used.
     """
+    given = [port for port in wanted if port]
+    if len(given) > len(set(given)):
+        raise NoisecError(f"HTTP, gRPC and metrics ports are {', '.join(map(str, wanted))}: each needs one of its own, or 0 for a free one")
     if ":" in host:
         raise NoisecError(f"--host {host}: IPv6 addresses are not supported; give an IPv4 address or a name")
     sockets: list[socket.socket] = []

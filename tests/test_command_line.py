@@ -95,6 +95,8 @@ def test_errors_are_printed_alone(tmp_path):
     assert "cannot be written; name a file" in noisec("repair", demo, "--out", tmp_path / "none" / "a.safetensors", code=1)
     bench = ("bench", "detection", REPOSITORY, "--guard", GUARD)
     assert "--ladder x: expected numbers" in noisec(*bench, "--attacks", "", "--ladder", "x", code=1)
+    for command in ("hardening", "memory"):
+        assert "--eps 8: an epsilon lies in (0, 1]" in noisec("bench", command, REPOSITORY, "--guard", GUARD, "--eps", "8", code=1)
     (tmp_path / GUARD / "1").mkdir(parents=True)
     (tmp_path / GUARD / "1" / "manifest.json").write_text("[]")
     assert "manifest.json: damaged" in noisec("verify", tmp_path, code=1)

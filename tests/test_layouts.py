@@ -394,6 +394,7 @@ def test_a_guard_is_arranged_from_the_command_line(tmp_path):
 
     assert "say what to change" in arrange().stderr
     assert "max_queue_size = 9 goes with layout 'single'" in arrange("--max-queue-size", "9").stderr
+    assert "serving.instances: Input should be less than 2147483648" in arrange("--instances", "99999999999").stderr
     assert not (tmp_path / "new").exists()
     done = arrange("--layout", "single", "--input", "uint8", "--instances", "2", "--max-queue-size", "9")
     assert done.returncode == 0, done.stderr

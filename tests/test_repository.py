@@ -57,6 +57,15 @@ def test_every_change_to_a_file_is_named(copy):
     ]
 
 
+def test_a_link_to_a_folder_is_named(copy, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "model.py").write_text("import os\n")
+    scorer = copy / stage_model(GUARD, "scorer")
+    for place in ("2", "1/__pycache__"):
+        (scorer / place).symlink_to(tmp_path / "elsewhere")
+    assert sorted(verify(copy, GUARD)) == [f"fashion_mnist_scorer/{place}: not in a manifest" for place in ("1/__pycache__", "2")]
+
+
 def test_the_scorers_code_in_the_repository_is_the_packages():
     for path in (REPOSITORY / stage_model(GUARD, "scorer") / "1").glob("*.py"):
         assert path.read_bytes() == (Path(scoring.__file__).parent / path.name).read_bytes()

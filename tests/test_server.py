@@ -157,6 +157,33 @@ def test_a_taken_port_is_named():
             EmbeddedServer(REPOSITORY, grpc_port=port)
 
 
+def test_each_protocol_needs_a_port_of_its_own():
+    with pytest.raises(NoisecError, match="HTTP, gRPC and metrics ports are 8000, 8000, 0: each needs one of its own, or 0"):
+        EmbeddedServer(REPOSITORY, http_port=8000, grpc_port=8000)
+
+
+def test_a_temporary_folder_with_spaces_is_named(tmp_path, monkeypatch):
+    (tmp_path / "with spaces").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "with spaces"))
+    with pytest.raises(NoisecError, match="with spaces': set TMPDIR to one without spaces"):
+        EmbeddedServer(REPOSITORY).start()
+
+
+def test_a_second_signal_does_not_cut_the_cleaning_up_short():
+    process = subprocess.Popen([*SERVE, str(REPOSITORY)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while len(psutil.Process(process.pid).children(recursive=True)) < 3:  # the server and the first of its Python processes
+        time.sleep(0.001)
+    children = psutil.Process(process.pid).children(recursive=True)
+    for _ in range(4):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.03)
+    process.wait(timeout=30)
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+    assert not list(Path("/dev/shm").glob(f"noisec-{process.pid}-*"))
+    assert not list(Path(tempfile.gettempdir()).glob(f"noisec-server-{process.pid}-*"))
+
+
 def test_a_folder_without_guards_is_refused(tmp_path):
     with pytest.raises(NoisecError, match="no guard in this folder; build one with"):
         EmbeddedServer(tmp_path)

@@ -23,6 +23,8 @@ IN_RANGE = "IN_RANGE"
 """tensors of the autoencoder stage that every scorer reads, float32 [n, 1]"""
 IMAGE_PENULTIMATE = "IMAGE_PENULTIMATE"
 """the image's penultimate activations, from which the head gives the predicted class"""
+LARGEST = np.finfo(np.float32).max
+"""SCORE of what has none: JSON has no word for what is not a number, and a client that chokes on a verdict may take the input for benign"""
 
 Part = TypeVar("Part")
 
@@ -338,7 +340,7 @@ class Scorer:
         verdict = self.verdict(tensors) if score is None else self.judged(score)
         malicious = verdict.is_malicious | memory.repeated(tensors[IMAGE_PENULTIMATE]) if memory else verdict.is_malicious
         return {
-            "SCORE": verdict.score[:, None],
+            "SCORE": np.where(np.isfinite(verdict.score), verdict.score, LARGEST)[:, None],
             "P_VALUE": verdict.p_value[:, None],
             "IS_MALICIOUS": malicious[:, None],
             "RELEASE": np.full((len(verdict.score), 1), self.release, np.int32),

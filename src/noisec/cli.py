@@ -82,6 +82,15 @@ Url = Annotated[str, typer.Option("--url", "-u", help="gRPC address of the serve
 GuardName = Annotated[str, typer.Option("--guard", "-g", help="Name of the guard.")]
 
 
+def _epsilon(eps: float) -> float:
+    if not 0 < eps <= 1:
+        raise NoisecError(f"--eps {eps:g}: an epsilon lies in (0, 1], as pixels do in [0, 1]; 8 of 255 is 0.0314")
+    return eps
+
+
+Epsilon = Annotated[float, typer.Option(help="Largest change of a pixel, in (0, 1].", callback=_epsilon)]
+
+
 def main() -> None:
     """Run the command line; errors that the user can mend are printed alone, without a traceback, and end with exit code 1."""
     try:
@@ -490,7 +499,7 @@ def detection(
 def hardening(
     repository: Repository,
     guard: GuardName,
-    eps: Annotated[float, typer.Option(help="Largest change of a pixel.")],
+    eps: Epsilon,
     count: Annotated[int, typer.Option(help="Images that the adaptive attacker attacks.", min=10)] = 100,
     seed: Annotated[int, typer.Option(help="Of every attack and draw.", min=0)] = 0,
     work: Annotated[Path, typer.Option(help="The folder that the guard was built in; keeps finished attacks.")] = Path("workbench"),
@@ -510,7 +519,7 @@ def hardening(
 def memory(
     repository: Repository,
     guard: GuardName,
-    eps: Annotated[float, typer.Option(help="Largest change of a pixel.")],
+    eps: Epsilon,
     count: Annotated[int, typer.Option(help="Images that are searched around at once.", min=10)] = 60,
     queries: Annotated[int, typer.Option(help="Questions about each image.", min=1)] = 1000,
     seed: Annotated[int, typer.Option(help="Of the searches.", min=0)] = 0,
