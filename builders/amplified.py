@@ -36,12 +36,18 @@ DEPTHS = "amplified.json"
 
 
 def amplifiable(model: ModelProto) -> list[str]:
-    """Outputs of the layers that can be amplified, from the first to the last: of each batch norm, and of each convolution without one."""
+    """Outputs of the layers that can be amplified, from the first to the last that PENULTIMATE is made of: of each batch norm, and of each
+    convolution without one."""
+    before = {output.name for output in model.graph.output if output.name.endswith(contract.PENULTIMATE)}
+    for node in reversed(model.graph.node):
+        if before & set(node.output):
+            before |= set(node.input)
     normalised = {node.input[0] for node in model.graph.node if node.op_type == "BatchNormalization"}
     return [
         node.output[0]
         for node in model.graph.node
-        if node.op_type == "BatchNormalization" or (node.op_type == "Conv" and node.output[0] not in normalised)
+        if node.output[0] in before
+        and (node.op_type == "BatchNormalization" or (node.op_type == "Conv" and node.output[0] not in normalised))
     ]
 
 

@@ -93,6 +93,7 @@ def build(spec: GuardSpec, repository: Path, work: Path, *, report: bool = True,
     content = {
         "versions": versions(),
         "spec": json.loads(spec.model_dump_json()),
+        "trained_on": splits.train.digest,
         "export_difference": json.loads((autoencoder / "difference.json").read_text()),
         **{path.stem: json.loads(path.read_text()) for path in (autoencoder / DEPTHS, autoencoder / HARDENED) if path.is_file()},
         "threshold": float(served.scorer.threshold),
@@ -151,7 +152,8 @@ def build_denoiser(spec: GuardSpec, splits: Splits, bench: Workbench, classifier
 
 def amplified_classifiers(spec: GuardSpec, splits: Splits, bench: Workbench, classifier: Path) -> Path:
     """Folder with the classifier stage's amplified copies; nothing has been trained for them."""
-    inputs = {"classifier": classifier.name, "passes": contract.AMPLIFIED, "data": str(spec.data), "files": splits.digest}
+    drawn = {"data": str(spec.data), "files": splits.digest, "seed": spec.seed}
+    inputs = {"classifier": classifier.name, "passes": contract.AMPLIFIED, **drawn}
     return bench.step("amplified", inputs, lambda folder: amplify(classifier, splits.fit, folder))
 
 

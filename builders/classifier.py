@@ -11,11 +11,14 @@ import numpy.typing as npt
 import onnx
 from google.protobuf.message import DecodeError
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from noisec import contract
 from noisec.builders.spec import PreprocessingSpec
 from noisec.errors import NoisecError
 
+OPSET = 18
+"""of the graphs that are written here"""
 MIN_OPSET, MAX_OPSET = 11, 21
 """21 is the newest that ONNX Runtime 1.19, the one in Triton 24.10, runs"""
 IR_VERSION = 10
@@ -56,6 +59,8 @@ class Anatomy:
     input: str
     input_shape: tuple[int | str, ...]
     """with the batch; a name where a size is dynamic"""
+    output: str
+    """of the graph's outputs the one that answers, logits or what follows from them"""
     logits: str
     classes: int
     candidates: tuple[Candidate, ...]
@@ -87,7 +92,7 @@ def read_model(path: Path) -> ModelProto:
     if not path.is_file():
         raise NoisecError(f"{path}: no such file")
     try:
-        model = onnx.load(path)
+        model = onnx.load(path, format="protobuf")
         onnx.checker.check_model(model)
     except DecodeError as error:
         raise NoisecError(f"{path}: not an ONNX model: {error}") from error
@@ -103,6 +108,7 @@ class Graph:
         inferred = onnx.shape_inference.infer_shapes(model)
         graph = inferred.graph
         self.nodes: list[NodeProto] = list(graph.node)
+        self.opsets: dict[str, Any] = {entry.domain: entry.version for entry in model.opset_import}
         self.producer = {name: node for node in self.nodes for name in node.output}
         self.constants = {tensor.name: tensor for tensor in graph.initializer}
         self.inputs = [value for value in graph.input if value.name not in self.constants]
@@ -128,6 +134,14 @@ class Graph:
                 return False
             name = node.input[0]
         return True
+
+    def value(self, name: str) -> npt.NDArray[np.generic]:
+        """A weight (:meth:`is_constant`), dequantised and in the shape in which it is used."""
+        if name in self.constants:
+            return numpy_helper.to_array(self.constants[name])
+        node = self.producer[name]
+        (found,) = ReferenceEvaluator(node, opsets=self.opsets).run([name], {used: self.value(used) for used in node.input if used})
+        return np.asarray(found)
 
     def data_input(self, node: NodeProto) -> str | None:
         """The one input of a node that is no weight; None where there are several or none."""
@@ -184,6 +198,7 @@ def dissect(model: ModelProto, where: str = "model") -> Anatomy:
     return Anatomy(
         input=entry.name,
         input_shape=graph.shape(entry.name) or (),
+        output=output,
         logits=logits,
         classes=width[0],
         candidates=tuple(_candidates(graph, head)),
@@ -370,6 +385,12 @@ def check_preprocessing(spec: PreprocessingSpec, channels: int) -> None:
             raise NoisecError(f"classifier.preprocessing.{name} has {len(values)} values; the images have {channels} channels")
 
 
+def _scale(size: int, wanted: int) -> np.float32:
+    """What takes ``size`` pixels to ``wanted``: runtimes round their product down, so the factor is never rounded down below it."""
+    scale = np.float32(wanted / size)
+    return scale if int(float(scale) * size) == wanted else np.nextafter(scale, np.float32(np.inf))
+
+
 def _preprocess(
     graph: onnx.GraphProto, target: str, anatomy: Anatomy, shape: tuple[int, int, int], spec: PreprocessingSpec, where: str
 ) -> list[NodeProto]:
@@ -392,7 +413,7 @@ def _preprocess(
     if spec.channel_order == "bgr":
         then("Gather", constant("bgr", np.arange(channels)[::-1].copy()), axis=1)
     if spec.size and spec.size != (height, width):
-        scales = np.array([1, 1, spec.size[0] / height, spec.size[1] / width], np.float32)
+        scales = np.array([1, 1, _scale(height, spec.size[0]), _scale(width, spec.size[1])], np.float32)
         then("Resize", "", constant("scales", scales), mode="linear", coordinate_transformation_mode="pytorch_half_pixel")
         height, width = spec.size
     if spec.scale != 1:

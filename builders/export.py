@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from noisec import contract
-from noisec.builders.classifier import IR_VERSION
+from noisec.builders.classifier import IR_VERSION, OPSET
 from noisec.builders.spec import PreprocessingSpec
 from noisec.errors import NoisecError
 from noisec.python_backend.scorer.session import open_session
 
-OPSET = 18
 MAX_DIFFERENCE = 1e-3
 """largest absolute difference between an exported stage and its network that still counts as rounding, relative to the output's scale"""
 

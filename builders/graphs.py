@@ -18,14 +18,26 @@ JOIN, PART = "join", "part"
 """nodes before and behind a classifier that looks at several inputs in one pass"""
 FLOATS = f"{contract.IMAGE}/floats"
 """the image in [0, 1] in a graph that takes bytes"""
+SMALL = 256
+"""bytes; smaller tensors (shapes, axes) have to stay inside the graph"""
 LARGEST_FILE = 2**31 - 1
 """bytes that a protobuf file may have; weights beyond lie beside it"""
 
 
 def save_model(model: ModelProto, folder: Path) -> None:
     """Write ``model.onnx``, with its weights beside it where they are too large for one file."""
-    large = model.ByteSize() > LARGEST_FILE
-    onnx.save(model, folder / "model.onnx", save_as_external_data=large, location="model.onnx.data" if large else None)
+    save_graph(model, folder / "model.onnx", external=model.ByteSize() > LARGEST_FILE)
+
+
+def save_graph(model: ModelProto, path: Path, *, external: bool) -> None:
+    """Write a graph, and its weights, which then leave the model, into a file beside it or not. What an interrupted run left there goes."""
+    data = path.with_name(f"{path.name}.data")
+    data.unlink(missing_ok=True)
+    if external:  # tensor by tensor: for a whole model onnx refuses a name that the working directory happens to have
+        for tensor in model.graph.initializer:
+            if tensor.HasField("raw_data") and len(tensor.raw_data) >= SMALL:
+                onnx.external_data_helper.set_external_data(tensor, data.name)
+    onnx.save(model, path)
 
 
 def joined(autoencoder: ModelProto, classifier: ModelProto, before: NodeProto, after: Sequence[NodeProto]) -> ModelProto:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from onnx import NodeProto, numpy_helper
+from onnx import NodeProto
 
 from noisec import contract
 from noisec.builders.classifier import Graph, find_head, read_model
@@ -46,11 +46,16 @@ def _parameters(stage: Path) -> tuple[Floats, Floats]:
     node = find_head(graph, contract.LOGITS)
     if node is None:
         raise NoisecError(f"{stage.name}: no linear layer makes LOGITS: detectors that read the predicted class need one")
-    values = [numpy_helper.to_array(graph.constants[name]) for name in node.input if name in graph.constants]
+    values = _values(graph, node)
     weights = values[0].reshape(values[0].shape[:2]).astype(np.float32)
     if node.op_type == "Conv" or (node.op_type == "Gemm" and any(part.name == "transB" and part.i for part in node.attribute)):
         weights = weights.T
     return np.ascontiguousarray(weights), _bias(graph, node, values, weights.shape[1])
+
+
+def _values(graph: Graph, node: NodeProto) -> list[Floats]:
+    """The weights among a node's inputs."""
+    return [np.asarray(graph.value(name), np.float32) for name in node.input if name and graph.is_constant(name)]
 
 
 def _bias(graph: Graph, node: NodeProto, values: list[Floats], classes: int) -> Floats:
@@ -59,7 +64,7 @@ def _bias(graph: Graph, node: NodeProto, values: list[Floats], classes: int) -> 
         return values[1].reshape(-1).astype(np.float32)
     for later in graph.nodes:
         if later.op_type == "Add" and node.output[0] in later.input:
-            constants = [numpy_helper.to_array(graph.constants[name]) for name in later.input if name in graph.constants]
+            constants = _values(graph, later)
             if constants:
                 return np.broadcast_to(constants[0].reshape(-1), classes).astype(np.float32)
     return np.zeros(classes, np.float32)

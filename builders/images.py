@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,6 +15,8 @@ from noisec.errors import NoisecError
 
 BATCH = 250
 """images in one float batch"""
+SAMPLED = 1000
+"""images that tell one set from another"""
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -55,6 +58,12 @@ class Images:
     def floats(self) -> Floats:
         """float32 [n, C, H, W] in [0, 1], all in memory"""
         return self.pixels.astype(np.float32) / 255
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all labels and of `SAMPLED` images spread over the set: of another set it is another one"""
+        spread = np.linspace(0, len(self) - 1, min(len(self), SAMPLED)).astype(np.intp)
+        return hashlib.sha256(self.labels.tobytes() + self[spread].pixels.tobytes()).hexdigest()
 
     def batches(self, size: int = BATCH) -> Iterator[Images]:
         """The same rows in order, at most ``size`` at a time."""

@@ -70,6 +70,10 @@ def _quantise(path: Path, images: Iterable[Floats], calibration: Calibration, ta
     methods = {"max": CalibrationMethod.MinMax, "entropy": CalibrationMethod.Entropy, "percentile": CalibrationMethod.Percentile}
     ready = target.with_suffix(".ready")
     quant_pre_process(path, ready, skip_symbolic_shape=True)
+    named = onnx.load(ready)
+    for place, node in enumerate(named.graph.node):
+        node.name = f"{node.name or node.op_type}_{place}"  # what is left out is left out by name
+    onnx.save(named, ready)
     with redirect_stdout(StringIO()):  # the histograms' sizes, which nobody asked for
         quantize_static(
             ready,
@@ -77,7 +81,7 @@ def _quantise(path: Path, images: Iterable[Floats], calibration: Calibration, ta
             _Reader(iter(images)),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=list(LOWERED),
-            nodes_to_exclude=shared_with_exact_path(onnx.load(ready)),
+            nodes_to_exclude=shared_with_exact_path(named),
             activation_type=QuantType.QInt8,
             weight_type=QuantType.QInt8,
             per_channel=True,

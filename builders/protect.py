@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
 from noisec import contract
 from noisec.builders.classifier import check_preprocessing, choose_penultimate, dissect, make_stage, read_model
 from noisec.builders.export import export_plain, export_stage
+from noisec.builders.graphs import save_graph
 from noisec.builders.images import Floats, Splits
 from noisec.builders.networks import CLASSIFIERS
 from noisec.builders.progress import console
@@ -31,8 +30,6 @@ from noisec.errors import NoisecError
 from noisec.python_backend.scorer.session import open_session
 
 STAGE = "model.onnx"
-SMALL = 256
-"""bytes; smaller tensors (shapes, axes) have to stay inside the graph"""
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,7 @@ def _reference(spec: GuardSpec, splits: Splits, bench: Workbench) -> Protected:
     network.eval()
     stage = bench.step(
         "classifier-stage",
-        {"from": source},
+        {"from": source, "shape": splits.shape},
         lambda folder: export_stage(network, splits.shape, contract.CLASSIFIER_OUTPUTS, folder / STAGE),
     )
     with torch.no_grad():
@@ -135,9 +132,21 @@ def _from_factory(spec: GuardSpec, splits: Splits, bench: Workbench) -> Protecte
     module = load_module(own.factory, own.weights)
     network = nn.Sequential(Preprocessing(own.preprocessing), module).eval()
     example = Preprocessing(own.preprocessing)(torch.rand(2, *splits.shape))
+    _check_answer(own.factory, module, example)
     inputs = {"factory": own.factory, "code": code_digest(own.factory), "weights": fingerprint(module), "shape": list(example.shape)}
     exported = bench.step("export-module", inputs, lambda folder: export_plain(module, example, folder / "original.onnx"))
     return _own(own, exported / "original.onnx", splits, bench, network, _torch_predictor(network))
+
+
+def _check_answer(factory: str, module: nn.Module, example: Tensor) -> None:
+    """Refuse a module that answers something else than logits [n, classes]."""
+    with _speaking(f"classifier.factory = {factory!r}: the module does not run on images of {list(example.shape[1:])}"), torch.no_grad():
+        answer = module(example)
+    if not isinstance(answer, Tensor):
+        raise NoisecError(
+            f"classifier.factory = {factory!r}: the module answers a {type(answer).__name__}; a guard protects one that answers logits "
+            "[n, classes] alone: wrap it in one that does"
+        )
 
 
 def _own(
@@ -155,7 +164,7 @@ def _own(
 
     def make(folder: Path) -> None:
         stage = make_stage(model, anatomy, penultimate, splits.shape, spec.preprocessing, path.name)
-        save_stage(stage, folder / STAGE, external=(path.stat().st_size < stage.ByteSize() // 2))
+        save_graph(stage, folder / STAGE, external=path.stat().st_size < stage.ByteSize() // 2)  # as the classifier's own weights lay
         _check_batches(folder / STAGE, splits.fit[:3].floats())
 
     inputs = {
@@ -165,11 +174,6 @@ def _own(
     }
     stage = bench.step("classifier-stage", inputs, make)
     return Protected(stage, network, original, anatomy.classes, penultimate.width, path.name)
-
-
-def save_stage(model: onnx.ModelProto, path: Path, *, external: bool) -> None:
-    """Write a stage; weights that lay in a file of their own stay in one."""
-    onnx.save(model, path, save_as_external_data=external, location=f"{path.name}.data" if external else None, size_threshold=SMALL)
 
 
 def _check_batches(path: Path, images: Floats) -> None:
@@ -242,7 +246,7 @@ def fingerprint(module: nn.Module) -> str:
     state = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         state.update(name.encode())
-        state.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return state.hexdigest()
 
 
@@ -284,7 +288,6 @@ def _onnx_predictor(path: Path, spec: PreprocessingSpec) -> Callable[[Floats], F
     anatomy = dissect(model, path.name)
     with _speaking(f"{path}: ONNX Runtime cannot load it"):
         session = open_session(path)
-    output = _answer_of(session)
     preprocess = Preprocessing(spec)
     fixed = anatomy.input_shape[0] if isinstance(anatomy.input_shape[0], int) else None
 
@@ -300,16 +303,11 @@ def _onnx_predictor(path: Path, spec: PreprocessingSpec) -> Callable[[Floats], F
             part = ready[start : start + size]
             filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
             with _speaking(f"{path}: ONNX Runtime cannot run it on images of {list(part.shape[1:])}"):
-                answer = session.run([output], {anatomy.input: np.ascontiguousarray(filled)})[0]
+                answer = session.run([anatomy.output], {anatomy.input: np.ascontiguousarray(filled)})[0]
             parts.append(answer.reshape(size, -1)[: len(part)])
         return np.concatenate(parts)
 
     return predict
-
-
-def _answer_of(session: onnxruntime.InferenceSession) -> str:
-    """The first floating-point output: logits or probabilities, whose largest entry is the label either way."""
-    return str(next(output.name for output in session.get_outputs() if "float" in output.type))
 
 
 def training_inputs(spec: GuardSpec, splits: Splits) -> dict[str, Any]:

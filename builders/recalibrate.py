@@ -31,6 +31,11 @@ MAX_DIFFERENCE = 0.25
 """how far the same stage's answer in another runtime may lie from its own, as root mean square, relative to the answer's: the noises of two
 trainings of one denoiser differ by half of it"""
 
+DIVIDED_ANEW = (
+    "the data are not the images that this guard was built with, so that they were divided anew: some that its networks were trained on "
+    "may now calibrate it, and its false-positive rate would not hold; force it only where all of them are new to the guard"
+)
+
 
 def recalibrate(repository: Path, guard: str, work: Path, url: str | None, *, force: bool = False) -> int:
     """Run the fit, calibration and report images through the guard's network stages, refit the scorer, and write the next release.
@@ -42,14 +47,14 @@ def recalibrate(repository: Path, guard: str, work: Path, url: str | None, *, fo
             these are not there, the release has no attack figures
         url: gRPC address of a server that serves the repository's latest release; None runs its stages in this process, TensorRT plans on
             this machine's GPU
-        force: write the release in spite of what it loses against fp32
+        force: write the release in spite of what it loses against fp32, and on other images than the guard was built with
 
     Returns:
         the new release's number
 
     Raises:
         NoisecError: the guard is not there, its data is not, the server serves another release, or the release holds TensorRT plans,
-            there is no ``url`` and this machine cannot run them.
+            there is no ``url`` and this machine cannot run them; or the data are other images than it was built with.
     """
     found = Release.newest(repository, guard)
     if url is None and found.spec.runtime == "tensorrt" and not gpus():
@@ -67,6 +72,9 @@ def recalibrate_with(infer: Infer, repository: Path, guard: str, work: Path, ask
     spec, stages = former.spec, former.stages
     new = spec.model_copy(update={"release": old["release"] + 1})
     splits = datasets.load_splits(spec.data, spec.seed, cache=work / "images")
+    trained_on = splits.train.digest
+    if old.get("trained_on", trained_on) != trained_on:
+        sanity.refuse([DIVIDED_ANEW], force=force)
     refuse_other_stages(infer, stages, splits.report[:COMPARED].floats())
     run = StageRunner.of(spec, infer)
     scorer = fit_scorer(new, run, splits, former.scorer.head)
@@ -89,6 +97,7 @@ def recalibrate_with(infer: Infer, repository: Path, guard: str, work: Path, ask
     content: dict[str, Any] = {
         **kept,
         "spec": json.loads(new.model_dump_json()),
+        "trained_on": trained_on,
         "threshold": float(scorer.threshold),
         "figures": figures,
         "precisions": table,

@@ -20,8 +20,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from noisec import contract
-from noisec.builders.classifier import IR_VERSION
-from noisec.builders.export import OPSET
+from noisec.builders.classifier import IR_VERSION, OPSET
 from noisec.builders.graphs import without_repeats
 from noisec.errors import NoisecError
 from noisec.python_backend.scorer.detectors import LocalDimension, squared_lengths

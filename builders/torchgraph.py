@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from noisec import contract
-from noisec.builders.export import OPSET
+from noisec.builders.classifier import OPSET
 from noisec.builders.precision import EXACT, LOWERED
 from noisec.errors import NoisecError
 

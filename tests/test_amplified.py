@@ -86,6 +86,13 @@ def test_branches_have_no_layers(small):
         amplified(model, [1])
 
 
+def test_a_head_that_is_a_convolution_is_no_layer(small):
+    model = onnx.ModelProto()
+    model.CopyFrom(small)
+    model.graph.node.add(op_type="Conv", input=[contract.PENULTIMATE, "head"], output=["behind"])
+    assert amplifiable(model) == amplifiable(small)
+
+
 def test_a_batch_norm_stands_for_its_convolution(small):
     assert len(amplifiable(small)) == 3
     model = onnx.ModelProto()

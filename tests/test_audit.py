@@ -28,9 +28,9 @@ from noisec.builders.audit.triggers import TRIGGERS, BadNets, LabelConsistent, p
 from noisec.builders.audit.universal import universal_sizes
 from noisec.builders.classifier import choose_penultimate, dissect, make_stage, read_model
 from noisec.builders.export import export_plain
+from noisec.builders.graphs import save_graph
 from noisec.builders.images import Images, cut
 from noisec.builders.networks import CLASSIFIERS, ResNet20, conv_block
-from noisec.builders.protect import save_stage
 from noisec.builders.sources import fashion_mnist
 from noisec.builders.spec import PreprocessingSpec
 from noisec.builders.torchgraph import Step
@@ -474,7 +474,7 @@ def graph_stage(network: nn.Module, images: Images, folder: Path) -> Path:
     model = read_model(folder / "plain.onnx")
     anatomy = dissect(model, "plain.onnx")
     penultimate = choose_penultimate(anatomy, model, None, "plain.onnx")
-    save_stage(
+    save_graph(
         make_stage(model, anatomy, penultimate, images.shape, PreprocessingSpec(), "plain.onnx"), folder / "model.onnx", external=False
     )
     return folder / "model.onnx"

@@ -16,10 +16,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_audit import TARGET, backdoored_network, clean_network, sets, small  # noqa: F401
 
+from noisec.builders.audit import guard as audited
 from noisec.builders.audit.evidence import Evidence
-from noisec.builders.audit.guard import audit_problems, said
+from noisec.builders.audit.guard import audit_problems, audit_protected, draw_audit, said
+from noisec.builders.datasets import load_splits
 from noisec.builders.export import export_plain
-from noisec.builders.protect import load_module
+from noisec.builders.protect import load_module, protect
+from noisec.builders.spec import PreprocessingSpec, read_spec
+from noisec.builders.workbench import Workbench
 from noisec.cli import main
 
 GUARD = """
@@ -154,6 +158,30 @@ def test_an_onnx_file_without_batch_norms_is_audited_and_not_repaired(guards, tm
     refused = run("repair", "guard.toml", "--out", "repaired.safetensors", cwd=tmp_path)
     assert refused.returncode == 1
     assert "a repair writes the weights of a PyTorch module" in refused.stderr
+
+
+def test_other_preprocessing_is_another_classifier_and_audited_again(guards, tmp_path, monkeypatch):
+    spec = read_spec(guards["clean"])
+    splits, bench = load_splits(spec.data, spec.seed, cache=tmp_path), Workbench(tmp_path)
+    asked = []
+
+    def judge(network, *others):
+        asked.append(network)
+        return Evidence("ban", False, 0.1, 0.2, 1, 0.4, 0.34, (0.1,) * 10, 1.0, 2.0)
+
+    monkeypatch.setattr(audited, "audit", judge)
+    for mean in ((), (0.5,), (), (0.5,)):
+        own = spec.classifier.model_copy(update={"preprocessing": PreprocessingSpec(mean=mean)})
+        changed = spec.model_copy(update={"classifier": own})
+        audit_protected(changed, splits, protect(changed, splits, bench), bench)
+    assert len(asked) == 2
+
+
+def test_classes_that_the_images_have_no_name_for_are_numbers(tmp_path):
+    bad = Evidence("ban", True, 0.7, 0.2, 3, 0.8, 0.34, (0.1, 0.05, 0.05, 0.8), 1.0, 2.0)
+    assert "towards class 3 (3): 80 %" in said(bad, ("shirt", "shoe", "bag"))
+    draw_audit(bad, ("shirt", "shoe", "bag"), tmp_path / "seen.png")
+    assert (tmp_path / "seen.png").stat().st_size > 1000
 
 
 def test_the_verdict_is_one_sentence_with_its_figures():

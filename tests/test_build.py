@@ -166,6 +166,23 @@ def test_a_recalibrated_release_without_the_attacked_images_has_no_attack_figure
     assert "no attacked images in" in capfd.readouterr().err
 
 
+def test_a_guard_is_not_calibrated_on_images_that_may_have_trained_it(guard, folder, tmp_path, capfd):
+    copy = Path(shutil.copytree(guard.repository, tmp_path / "repository"))
+    before = folder / "before.npz"
+    (folder / "images.npz").rename(before)
+    try:
+        with np.load(before) as all_of_them:
+            np.savez(folder / "images.npz", **{name: np.concatenate([rows, rows[:10]]) for name, rows in all_of_them.items()})
+        with pytest.raises(NoisecError, match="were divided anew: some that its networks were trained on may"):
+            recalibrate(copy, "mine", tmp_path / "elsewhere", None)
+        assert releases(copy, "mine") == releases(guard.repository, "mine")
+        assert recalibrate(copy, "mine", tmp_path / "elsewhere", None, force=True) == releases(copy, "mine")[-1]
+    finally:
+        before.rename(folder / "images.npz")
+    with pytest.raises(NoisecError, match="were divided anew"):
+        recalibrate(copy, "mine", tmp_path / "elsewhere", None)
+
+
 def test_a_compiled_release_stays_compiled_when_it_is_recalibrated(guard, folder, tmp_path):
     copy = Path(shutil.copytree(guard.repository, tmp_path / "repository"))
     release = compile_with(rtx, "9.0", copy, "mine", EngineOptions(optimum=8))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -11,8 +13,10 @@ from torch import nn
 
 from noisec import contract
 from noisec.builders import protect
-from noisec.builders.classifier import choose_penultimate, dissect, make_stage, read_model
+from noisec.builders.classifier import _scale, choose_penultimate, dissect, make_stage, read_model
 from noisec.builders.export import export_plain
+from noisec.builders.graphs import save_graph
+from noisec.builders.head import read_head
 from noisec.builders.images import Images, Splits
 from noisec.builders.inspect import inspect_classifier
 from noisec.builders.protect import Preprocessing
@@ -269,18 +273,56 @@ def test_quantised_classifiers_are_seen_through(tmp_path):
     logits, penultimate = staged(model, tmp_path)
     exact = staged(by_hand(), tmp_path)
     assert np.abs(penultimate - exact[1]).max() < 0.05 * np.abs(exact[1]).max()
+    head = read_head(tmp_path / "stage.onnx", IMAGES)
+    assert np.array_equal(head.logits(penultimate).argmax(axis=1), logits.argmax(axis=1))
     assert np.array_equal(logits.argmax(axis=1), exact[0].argmax(axis=1))
 
 
-def test_external_data_stays_external_and_is_missed_when_it_is_gone(tmp_path):
+@pytest.mark.parametrize("form", ["Transpose", "Identity"])
+def test_a_head_is_read_through_what_a_graph_does_to_its_weights(tmp_path, form):
+    model = by_hand()
+    head = next(node for node in model.graph.node if node.op_type == "MatMul")
+    (weights,) = (tensor for tensor in model.graph.initializer if tensor.name == head.input[1])
+    array = numpy_helper.to_array(weights)
+    weights.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array.T if form == "Transpose" else array), weights.name))
+    head.input[1] = "made"
+    model.graph.node.insert(0, helper.make_node(form, [weights.name], ["made"]))
+    logits, penultimate = staged(model, tmp_path)
+    np.testing.assert_allclose(read_head(tmp_path / "stage.onnx", IMAGES).logits(penultimate), logits, atol=1e-5)
+
+
+def test_of_several_outputs_the_one_with_logits_answers(tmp_path):
+    model = by_hand()
+    model.graph.output.insert(0, helper.make_tensor_value_info(dissect(model).candidates[0].tensor, TensorProto.FLOAT, ["batch", 8]))
+    onnx.save(model, tmp_path / "two.onnx")
+    found = protect._onnx_predictor(tmp_path / "two.onnx", PLAIN)(IMAGES)
+    np.testing.assert_allclose(found, staged(model, tmp_path)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "wanted"), [(96, 224), (48, 224), (100, 32), (110, 64), (28, 227), (224, 96), (32, 32)])
+def test_an_image_gets_exactly_the_size_that_the_classifier_takes(size, wanted):
+    scale = _scale(size, wanted)
+    assert scale.dtype == np.float32
+    assert scale == pytest.approx(wanted / size, rel=1e-6)
+    for kind in (np.float32, np.float64):  # runtimes compute in either
+        assert int(kind(scale) * kind(size)) == wanted
+
+
+def test_external_data_stays_external_and_is_missed_when_it_is_gone(tmp_path, monkeypatch):
     model = by_hand()
     onnx.save(model, tmp_path / "big.onnx", save_as_external_data=True, location="big.bin", size_threshold=0)
     read = read_model(tmp_path / "big.onnx")
     anatomy = dissect(read)
-    stage = make_stage(read, anatomy, anatomy.candidates[0], SHAPE, PreprocessingSpec())
-    protect.save_stage(stage, tmp_path / "model.onnx", external=True)
-    assert (tmp_path / "model.onnx.data").is_file()
-    found = open_session(tmp_path / "model.onnx").run([contract.LOGITS], {contract.IMAGE: IMAGES})[0]
+    monkeypatch.chdir(tmp_path)
+    kept = Path("model.onnx.data")
+    kept.write_bytes(b"of the working directory")  # as an export by torch leaves it
+    target = tmp_path / "stage"
+    target.mkdir()
+    for _ in range(2):  # an interrupted run has left its own
+        save_graph(make_stage(read, anatomy, anatomy.candidates[0], SHAPE, PreprocessingSpec()), target / "model.onnx", external=True)
+    assert (target / "model.onnx.data").stat().st_size < 2 * sum(len(tensor.raw_data) for tensor in by_hand().graph.initializer)
+    assert kept.read_bytes() == b"of the working directory"
+    found = open_session(target / "model.onnx").run([contract.LOGITS], {contract.IMAGE: IMAGES})[0]
     assert np.array_equal(found, staged(by_hand(), tmp_path)[0])
     (tmp_path / "big.bin").unlink()
     with pytest.raises(NoisecError, match="external data has to lie beside it"):
@@ -335,7 +377,9 @@ def test_files_that_are_no_models_are_refused(tmp_path):
     (tmp_path / "text.onnx").write_text("not a model" * 50)
     (tmp_path / "cut.onnx").write_bytes(by_hand().SerializeToString()[:300])
     (tmp_path / "empty.onnx").write_bytes(b"")
-    for name in ("text.onnx", "cut.onnx", "empty.onnx"):
+    for name in ("config.pbtxt", "net.json", "net.prototxt", "net.onnxtxt"):  # onnx would choose another parser for each
+        (tmp_path / name).write_text("name: 'something else'")
+    for name in ("text.onnx", "cut.onnx", "empty.onnx", "config.pbtxt", "net.json", "net.prototxt", "net.onnxtxt"):
         with pytest.raises(NoisecError, match=f"{name}: not a"):
             read_model(tmp_path / name)
     with pytest.raises(NoisecError, match="no such file"):
@@ -362,6 +406,24 @@ FACTORIES = {
 def test_a_factory_that_makes_no_module_is_refused(factory, message):
     with pytest.raises(NoisecError, match=message):
         protect.load_module(factory, None)
+
+
+def test_a_module_that_answers_more_than_logits_is_refused():
+    class Both(nn.Module):
+        def forward(self, images):
+            return images.mean(dim=(2, 3)), images
+
+    with pytest.raises(NoisecError, match="the module answers a tuple; .* logits"):
+        protect._check_answer("mine:Both", Both(), torch.from_numpy(IMAGES))
+    with pytest.raises(NoisecError, match=r"the module does not run on images of \[3, 16, 16\]"):
+        protect._check_answer("mine:Small", nn.Linear(3, 3), torch.from_numpy(IMAGES))
+
+
+def test_weights_of_any_kind_have_a_fingerprint():
+    one, other = (nn.Linear(3, 2).to(torch.bfloat16) for _ in range(2))
+    assert protect.fingerprint(one) != protect.fingerprint(other)
+    other.load_state_dict(one.state_dict())
+    assert protect.fingerprint(one) == protect.fingerprint(other)
 
 
 def test_a_factory_with_a_mean_too_few_is_refused_and_other_code_is_another_classifier(tmp_path, monkeypatch):

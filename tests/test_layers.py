@@ -38,6 +38,13 @@ def test_no_room_imports_what_it_may_not(room):
     assert not found
 
 
+def test_compiling_and_arranging_load_no_training_code():
+    loaded = "import sys; print([name for name in ('torch', 'onnxruntime') if name in sys.modules])"
+    for module, expected in (("compiling", []), ("layout", ["onnxruntime"])):  # a copy is compared with what it was made of
+        code = f"import noisec.builders.{module}; {loaded}"
+        assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == str(expected)
+
+
 def test_the_client_and_the_command_line_load_no_heavy_package():
     heavy = ("torch", "onnx", "sklearn", "pydantic", "pytriton")
     code = f"import noisec.clients, noisec.cli, sys; print([name for name in {heavy} if name in sys.modules])"

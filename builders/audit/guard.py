@@ -40,7 +40,7 @@ def audit_protected(spec: GuardSpec, splits: Splits, protected: Protected, bench
     counts = np.bincount(splits.train.labels, minlength=protected.classes)
     known = counts if counts.all() else None
     told = {"settings": asdict(settings), "counts": counts.tolist()}
-    inputs = {"weights": fingerprint(network), **told, "data": str(spec.data), "files": splits.digest}
+    inputs = {"classifier": protected.stage.name, "weights": fingerprint(network), **told, "data": str(spec.data), "files": splits.digest}
 
     def make(folder: Path) -> None:
         found = audit(network, splits.fit, protected.classes, settings, known)
@@ -68,10 +68,16 @@ def audit_problems(evidence: Evidence, class_names: tuple[str, ...]) -> list[str
 
 def said(evidence: Evidence, class_names: tuple[str, ...]) -> str:
     """The verdict in one sentence."""
+    names = _names(evidence, class_names)
     figures = f"{_found(evidence)} (score {evidence.score:.2f}, threshold {evidence.threshold:.2f})"
     if not evidence.backdoored or evidence.target == UNKNOWN:
         return f"audit: {'a backdoor is likely' if evidence.backdoored else 'no backdoor found'}: {figures}"
-    return f"audit: the classifier is probably backdoored towards class {evidence.target} ({class_names[evidence.target]}): {figures}"
+    return f"audit: the classifier is probably backdoored towards class {evidence.target} ({names[evidence.target]}): {figures}"
+
+
+def _names(evidence: Evidence, class_names: tuple[str, ...]) -> tuple[str, ...]:
+    """A name for each class; a number where the classifier knows more classes than the images have."""
+    return (*class_names, *map(str, range(len(class_names), len(evidence.histogram))))[: len(evidence.histogram)]
 
 
 def _found(evidence: Evidence) -> str:
@@ -104,7 +110,7 @@ def draw_audit(evidence: Evidence, class_names: tuple[str, ...], path: Path) -> 
         if usual:
             panel.stairs(usual, np.arange(classes + 1) - 0.5, baseline=None, color="black", linewidth=1, label="usual")
             panel.legend(frameon=False)
-        panel.set_xticks(range(classes), class_names[:classes], rotation=45, ha="right")
+        panel.set_xticks(range(classes), _names(evidence, class_names), rotation=45, ha="right")
         panel.set_title(title)
     axes[0, -1].axhline(evidence.threshold, color="black", linestyle="--", linewidth=1, label="threshold")
     axes[0, -1].legend(frameon=False)
