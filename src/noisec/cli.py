@@ -145,7 +145,7 @@ def calibrate(
     work: Annotated[Path, typer.Option(help="The folder that the guard was built in: its attacked images are asked again.")] = Path(
         "workbench"
     ),
-    force: Annotated[bool, typer.Option("--force", help="Write the release in spite of what it loses against fp32.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="In spite of what it loses, and on other images than it was built with.")] = False,
 ) -> None:
     """Refit a guard's scorer on what its serving stages answer, as a new release beside the old.
 
@@ -166,7 +166,9 @@ def compile_command(
     level: Annotated[int, typer.Option(help="Builder optimisation level.", min=0, max=5)] = 3,
     workspace: Annotated[int, typer.Option(help="Workspace limit in megabytes.", min=1)] = 1024,
     any_ampere_or_newer: Annotated[bool, typer.Option("--any-ampere-or-newer", help="One plan for every GPU from Ampere on.")] = False,
-    version_compatible: Annotated[bool, typer.Option("--version-compatible", help="Plans that later TensorRT versions load.")] = False,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Plans that later TensorRT versions load, if they may run code of their own.")
+    ] = False,
 ) -> None:
     """Compile a guard's ONNX stages to TensorRT plans on this machine's GPU, as a new release beside the old.
 
