@@ -72,8 +72,7 @@ def recalibrate_with(infer: Infer, repository: Path, guard: str, work: Path, ask
     spec, stages = former.spec, former.stages
     new = spec.model_copy(update={"release": old["release"] + 1})
     splits = datasets.load_splits(spec.data, spec.seed, cache=work / "images")
-    trained_on = splits.train.digest
-    if old.get("trained_on", trained_on) != trained_on:
+    if old.get("trained_on", splits.train.digest) != splits.train.digest:
         sanity.refuse([DIVIDED_ANEW], force=force)
     refuse_other_stages(infer, stages, splits.report[:COMPARED].floats())
     run = StageRunner.of(spec, infer)
@@ -92,12 +91,11 @@ def recalibrate_with(infer: Infer, repository: Path, guard: str, work: Path, ask
     audited = said(Evidence.of(old["audit"]), names) if old.get("audit") else ""
     write_repository(repository, new, widths, names, stages, scorer, read_plans(repository, guard))
     write_card(repository, new, old["classifier"], widths, figures, table, audited)
-    described = ("versions", "export_difference", "amplified", "hardened", "classifier", "attacked", "audit", "compiled")
+    described = ("versions", "trained_on", "export_difference", "amplified", "hardened", "classifier", "attacked", "audit", "compiled")
     kept: dict[str, Any] = {key: old[key] for key in described if key in old}
     content: dict[str, Any] = {
         **kept,
         "spec": json.loads(new.model_dump_json()),
-        "trained_on": trained_on,
         "threshold": float(scorer.threshold),
         "figures": figures,
         "precisions": table,
