@@ -31,13 +31,8 @@ MAX_DIFFERENCE = 0.25
 """how far the same stage's answer in another runtime may lie from its own, as root mean square, relative to the answer's: the noises of two
 trainings of one denoiser differ by half of it"""
 
-DIVIDED_ANEW = (
-    "the data are not the images that this guard was built with, so that they were divided anew: some that its networks were trained on "
-    "may now calibrate it, and its false-positive rate would not hold; force it only where all of them are new to the guard"
-)
 
-
-def recalibrate(repository: Path, guard: str, work: Path, url: str | None, *, force: bool = False) -> int:
+def recalibrate(repository: Path, guard: str, work: Path, url: str | None, *, force: bool = False, new_images: bool = False) -> int:
     """Run the fit, calibration and report images through the guard's network stages, refit the scorer, and write the next release.
 
     The stages are copied as they are. Earlier releases stay; the ensemble answers with the new one when the server loads it.
@@ -47,14 +42,16 @@ def recalibrate(repository: Path, guard: str, work: Path, url: str | None, *, fo
             these are not there, the release has no attack figures
         url: gRPC address of a server that serves the repository's latest release; None runs its stages in this process, TensorRT plans on
             this machine's GPU
-        force: write the release in spite of what it loses against fp32, and on other images than the guard was built with
+        force: write the release in spite of what it loses against fp32
+        new_images: all images are new to the guard's networks
 
     Returns:
         the new release's number
 
     Raises:
         NoisecError: the guard is not there, its data is not, the server serves another release, or the release holds TensorRT plans,
-            there is no ``url`` and this machine cannot run them; or the data are other images than it was built with.
+            there is no ``url`` and this machine cannot run them; or the data are other images than it was built with, and not
+            ``new_images``.
     """
     found = Release.newest(repository, guard)
     if url is None and found.spec.runtime == "tensorrt" and not gpus():
@@ -63,17 +60,19 @@ def recalibrate(repository: Path, guard: str, work: Path, url: str | None, *, fo
             "so that the plans themselves are asked"
         )
     infer = served(url, guard, found.release) if url else open_stages(found.spec, found.stages)
-    return recalibrate_with(infer, repository, guard, work, url or "stages in process", force=force)
+    return recalibrate_with(infer, repository, guard, work, url or "stages in process", force=force, new_images=new_images)
 
 
-def recalibrate_with(infer: Infer, repository: Path, guard: str, work: Path, asked: str, *, force: bool = False) -> int:
+def recalibrate_with(
+    infer: Infer, repository: Path, guard: str, work: Path, asked: str, *, force: bool = False, new_images: bool = False
+) -> int:
     """The same with given stages; ``asked`` says in the manifest which. Stages that are TensorRT plans stay TensorRT plans."""
     former, old = Release.newest(repository, guard), manifest.read_manifest(repository, guard)
     spec, stages = former.spec, former.stages
     new = spec.model_copy(update={"release": old["release"] + 1})
     splits = datasets.load_splits(spec.data, spec.seed, cache=work / "images")
-    if old.get("trained_on", splits.train.digest) != splits.train.digest:
-        sanity.refuse([DIVIDED_ANEW], force=force)
+    if not new_images:
+        check_images(old.get("trained_on"), splits)
     refuse_other_stages(infer, stages, splits.report[:COMPARED].floats())
     run = StageRunner.of(spec, infer)
     scorer = fit_scorer(new, run, splits, former.scorer.head)
@@ -107,6 +106,26 @@ def recalibrate_with(infer: Infer, repository: Path, guard: str, work: Path, ask
     if not figures["attacks"]:
         console.print(f"  no attacked images in {work}: the card has no attack figures; --work names the folder of `noisec build`")
     return new.release
+
+
+def check_images(trained_on: str | None, splits: Splits) -> None:
+    """Refuse images that the guard's networks may have been trained on: other ones than it was built with are divided anew.
+
+    Args:
+        trained_on: digest of the images that they were trained on; None in a release that does not say
+
+    Raises:
+        NoisecError: the training images are others now.
+    """
+    if trained_on is None:
+        console.print(
+            "  this release does not say what its networks were trained on: make sure that none of it calibrates it", style="yellow"
+        )
+    elif trained_on != splits.train.digest:
+        raise NoisecError(
+            "the data are not the images that this guard was built with, so that they were divided anew: some that its networks were "
+            "trained on may now calibrate it, and its false-positive rate would not hold; --new-images says that all of them are new to it"
+        )
 
 
 def refuse_other_stages(infer: Infer, stages: dict[str, Path], images: Floats) -> None:

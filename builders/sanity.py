@@ -34,7 +34,7 @@ def refuse(problems: Sequence[str], *, force: bool) -> None:
         NoisecError: there is a problem and no ``force``.
     """
     if problems and not force:
-        raise NoisecError("\n".join([*problems, "The guard was not built; --force builds it all the same."]))
+        raise NoisecError("\n".join([*problems, "Nothing was written; --force goes on all the same."]))
     for problem in problems:
         console.print(f"  forced past: {problem}", style="yellow")
 

@@ -24,7 +24,6 @@ from noisec.manifest import UNFINISHED, guards, verify_repository
 
 try:
     import psutil
-    import sh
     import tritonclient.grpc as triton_grpc
     from pytriton.server.python_backend_config import PythonBackendConfig
     from pytriton.server.triton_server import TritonServer
@@ -72,8 +71,7 @@ class _Server(TritonServer):  # type: ignore[misc]
 
     def drain(self) -> None:
         """Wait until all that the process printed, which has ended, is recorded."""
-        with suppress(sh.ErrorReturnCode, sh.TimeoutException):
-            self._tritonserver_running_cmd.wait(timeout=STOP_SECONDS)
+        self._tritonserver_running_cmd.process.wait()
 
     def _record_logs(self, line: bytes | str) -> None:
         """Keep the end of the log; pytriton would keep all of it."""
@@ -356,10 +354,13 @@ def _deferred_signals() -> Iterator[None]:
     """SIGINT and SIGTERM act at the end of the block; threads other than the main one get none."""
     in_main = threading.current_thread() is threading.main_thread()
     deferred: AbstractContextManager[list[int]] = stop_signals() if in_main else nullcontext([])
-    with deferred as caught:
-        yield
-    for number in caught:
-        signal.raise_signal(number)
+    caught: list[int] = []
+    try:
+        with deferred as caught:
+            yield
+    finally:
+        for number in caught:
+            signal.raise_signal(number)
 
 
 def ended_by_the_impatient(repository: Path) -> list[str]:

@@ -23,7 +23,7 @@ from noisec.builders import datasets, protect, sanity, train
 from noisec.builders.compiling import compile_with
 from noisec.builders.export import AutoencoderStage, export_difference, export_stage
 from noisec.builders.networks import CLASSIFIERS, DENOISERS
-from noisec.builders.recalibrate import recalibrate, recalibrate_with
+from noisec.builders.recalibrate import check_images, recalibrate, recalibrate_with
 from noisec.builders.release import Release
 from noisec.builders.repository import read_config, read_plans
 from noisec.builders.sources import fashion_mnist
@@ -176,7 +176,9 @@ def test_a_guard_is_not_calibrated_on_images_that_may_have_trained_it(guard, fol
         with pytest.raises(NoisecError, match="were divided anew: some that its networks were trained on may"):
             recalibrate(copy, "mine", tmp_path / "elsewhere", None)
         assert releases(copy, "mine") == releases(guard.repository, "mine")
-        assert recalibrate(copy, "mine", tmp_path / "elsewhere", None, force=True) == releases(copy, "mine")[-1]
+        assert recalibrate(copy, "mine", tmp_path / "elsewhere", None, new_images=True) == releases(copy, "mine")[-1]
+        check_images(None, guard.splits)
+        assert "does not say what its networks were trained on" in capfd.readouterr().err
     finally:
         before.rename(folder / "images.npz")
     assert recalibrate(copy, "mine", tmp_path / "elsewhere", None) == releases(copy, "mine")[-1], "on its own images again"

@@ -71,6 +71,14 @@ def test_a_peer_is_measured_against_the_turns_that_the_guard_took_with_it():
     assert "| 100 (2.00 x) | 100 (2.00 x) | 100 (2.00 x) | 0 |" in table
 
 
+def test_a_peer_that_answers_nothing_spoils_no_page():
+    found = [
+        row for clients in (1, MANY) for row in (peers_row("guard", 9, "LitServe", clients), peers_row("LitServe", 0, "a; JSON", clients))
+    ]
+    assert over_peer(found, "LitServe")["per_second_1x1"] == float("inf")
+    assert "| JSON | 0 | 0 | 0 | 0 |" in report.peer_table(Result(found))
+
+
 def test_rows_that_name_no_peer_count_with_every_one():
     found = [
         *(peers_row("guard", rate, "", clients) for rate in (100, 40) for clients in (1, MANY)),

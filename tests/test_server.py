@@ -172,6 +172,7 @@ def test_a_temporary_folder_with_spaces_is_named(tmp_path, monkeypatch):
 def test_a_second_signal_does_not_cut_the_cleaning_up_short():
     process = subprocess.Popen([*SERVE, str(REPOSITORY)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while len(psutil.Process(process.pid).children(recursive=True)) < 3:  # the server and the first of its Python processes
+        assert process.poll() is None
         time.sleep(0.001)
     children = psutil.Process(process.pid).children(recursive=True)
     for _ in range(4):

@@ -76,7 +76,7 @@ def test_a_request_across_an_edge_of_the_window_counts_by_its_share(pixels):
     async def slow():
         yield lambda images: asyncio.sleep(0.2)
 
-    load = asyncio.run(closed_loop([Traffic(slow, batch=32)], pixels, clients=2, seconds=0.5, warm_up=0.05))
+    load = asyncio.run(closed_loop([Traffic(slow, batch=32)], pixels, clients=2, seconds=1.5, warm_up=0.05))
     assert load.images == 32 * load.requests
     assert load.per_second == pytest.approx(2 * 32 / (load.p50_ms / 1000), rel=0.1)
 

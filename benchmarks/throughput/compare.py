@@ -95,8 +95,10 @@ def compare_peer(
         raise NoisecError(reasons[0])
     met, against = list[Row](), list[Row]()
     for notes, chosen in fastest(tried, loads, CONTENDERS).items():
-        met += asked("peer settings", notes, chosen, MEETINGS)
-    for notes, chosen in fastest(met, loads, 1).items():
+        with noting(reasons):
+            met += asked("peer settings", notes, chosen, MEETINGS)
+    judged = [row for at in loads for row in _at(met, at) or _at(tried, at)]  # by what was tried where two at once do not start
+    for notes, chosen in fastest(judged, loads, 1).items():
         against += asked("peers", notes, chosen, rounds, Asked(GUARD, peer.name, own))
     return tried + met + against
 
@@ -104,10 +106,15 @@ def compare_peer(
 def fastest(rows: Sequence[Row], loads: Sequence[tuple[int, int]], count: int) -> dict[Notes, list[tuple[int, int]]]:
     """The ``count`` best settings of each load, together -> the loads that have these."""
     found: dict[Notes, list[tuple[int, int]]] = {}
-    for batch, clients in loads:
-        best = by_setting(choose(rows, "peer settings", batch=batch, clients=clients))[:count]
-        found.setdefault(tuple(sorted(same[0].note for same in best)), []).append((batch, clients))
+    for at in loads:
+        best = by_setting(_at(rows, at))[:count]
+        found.setdefault(tuple(sorted(same[0].note for same in best)), []).append(at)
     return found
+
+
+def _at(rows: Sequence[Row], load: tuple[int, int]) -> list[Row]:
+    batch, clients = load
+    return choose(rows, "peer settings", batch=batch, clients=clients)
 
 
 @contextmanager

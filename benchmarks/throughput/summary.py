@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -97,10 +98,15 @@ def over_peer(rows: Sequence[Row], name: str) -> PeerFigures:
     """The guard's figures in turns with a peer over the peer's: ratios."""
     own, other = figures_with(rows, name), peer_figures(rows, name)
     return {
-        "per_second_1x1": own["per_second_1x1"] / other["per_second_1x1"],
-        "per_second_single_image": own["per_second_single_image"] / other["per_second_single_image"],
-        "per_second_saturated": own["per_second_saturated"] / other["per_second_saturated"],
+        "per_second_1x1": _over(own["per_second_1x1"], other["per_second_1x1"]),
+        "per_second_single_image": _over(own["per_second_single_image"], other["per_second_single_image"]),
+        "per_second_saturated": _over(own["per_second_saturated"], other["per_second_saturated"]),
     }
+
+
+def _over(own: float, other: float) -> float:
+    """Infinite where the other answered nothing."""
+    return own / other if other else math.inf
 
 
 def highest(rows: Sequence[Row]) -> float:

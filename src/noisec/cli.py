@@ -145,7 +145,8 @@ def calibrate(
     work: Annotated[Path, typer.Option(help="The folder that the guard was built in: its attacked images are asked again.")] = Path(
         "workbench"
     ),
-    force: Annotated[bool, typer.Option("--force", help="In spite of what it loses, and on other images than it was built with.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write the release in spite of what it loses against fp32.")] = False,
+    new_images: Annotated[bool, typer.Option("--new-images", help="All images are new to the guard: none has trained it.")] = False,
 ) -> None:
     """Refit a guard's scorer on what its serving stages answer, as a new release beside the old.
 
@@ -153,7 +154,7 @@ def calibrate(
     """
     from noisec.builders.recalibrate import recalibrate
 
-    release = recalibrate(repository, guard, work / guard, url, force=force)
+    release = recalibrate(repository, guard, work / guard, url, force=force, new_images=new_images)
     console.print(f"release {release} is written; the server takes it when it loads the stages and then the ensemble again")
 
 
