@@ -23,7 +23,8 @@ else:
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(gt=0, lt=2**31)]
-"""as Triton's configurations hold"""
+CountOrNone = Annotated[int, Field(ge=0, lt=2**31)]
+"""what Triton's configurations can hold"""
 Share = Annotated[float, Field(gt=0, lt=1)]
 Precision = Literal["fp32", "fp16", "int8"]
 Stage = Literal["autoencoder", "classifier"]
@@ -297,13 +298,13 @@ class ServingSpec(Section):
     input: Literal["float32", "uint8"] = "float32"
     """what clients send as IMAGE: floats in [0, 1], or bytes, which the graphs divide by 255; a quarter of the traffic"""
     max_batch_size: Count = 64
-    queue_delay_microseconds: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    queue_delay_microseconds: CountOrNone = 0
     """how long Triton's dynamic batcher waits for more requests"""
-    scorer_delay_microseconds: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    scorer_delay_microseconds: CountOrNone = 0
     """the same for the scorer stage: the requests of one network batch arrive one after the other"""
     instances: Count = 2
     """copies of each network stage, or of a guard in one process, on each GPU or on the CPU"""
-    max_queue_size: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    max_queue_size: CountOrNone = 0
     """requests that may wait for a guard in one process; more are refused at once. 0: any number"""
 
 

@@ -17,7 +17,7 @@ import noisec
 from noisec.builders.progress import console
 
 DONE = "step.json"
-FORMAT = 1
+FORMAT = 2
 """raised when a step makes something else of the same inputs"""
 
 

@@ -38,7 +38,7 @@ def test_a_sweep_keeps_to_its_budget_and_leaves_the_repository_alone(tmp_path):
     assert len(tuning_rows(found)[1]) == len(found.trials)
 
 
-def test_a_setting_counts_with_its_slower_turn_that_the_faster_one_may_be_luck():
+def test_of_two_turns_the_slower_one_counts():
     rates = {"present": iter((100.0, 100.0)), "other": iter((150.0, 120.0))}
     found = tuning._in_turns(lambda url: load(next(rates[url])), ServingSpec(), "present", "other")
     assert found.load.per_second == 120
