@@ -18,6 +18,7 @@ from noisec.benchmarks.throughput.run import Result
 from noisec.benchmarks.throughput.summary import over_peer, peer_figures
 from noisec.benchmarks.throughput.target import Target
 from noisec.contract import stage_model
+from noisec.errors import NoisecError
 
 
 def loaded(per_second: float) -> Load:
@@ -53,6 +54,21 @@ def test_settings_that_were_lucky_once_have_to_win_again(tmp_path, monkeypatch):
     assert len(found) == len(LITSERVE.settings) + 2 * compare.MEETINGS + len(against)
     assert max(most) == 2
     assert not alive
+
+
+def test_a_server_may_fail_to_start_once():
+    outcomes = iter([NoisecError("its processes missed each other"), "running"])
+
+    def start():
+        outcome = next(outcomes)
+        if isinstance(outcome, NoisecError):
+            raise outcome
+        return outcome
+
+    assert compare.at_second_try(start) == "running"
+    outcomes = iter([NoisecError("first"), NoisecError("second")])
+    with pytest.raises(NoisecError, match="second"):
+        compare.at_second_try(start)
 
 
 def test_a_peer_is_measured_against_the_turns_that_the_guard_took_with_it():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -74,7 +74,8 @@ def compare_peer(
 
     @contextmanager
     def started(note: str) -> Iterator[Asked]:
-        with running(peer, environment, target.repository, target.name, known[note]) as server:
+        with ExitStack() as stack:
+            server = at_second_try(lambda: stack.enter_context(running(peer, environment, target.repository, target.name, known[note])))
             yield Asked(peer.name, note, partial(Traffic, partial(connection, peer.name, target.name, server.port)))
 
     def asked(part: Part, notes: Notes, chosen: Sequence[tuple[int, int]], turns: int, *others: Asked) -> list[Row]:
@@ -115,6 +116,13 @@ def fastest(rows: Sequence[Row], loads: Sequence[tuple[int, int]], count: int) -
 def _at(rows: Sequence[Row], load: tuple[int, int]) -> list[Row]:
     batch, clients = load
     return choose(rows, "peer settings", batch=batch, clients=clients)
+
+
+def at_second_try(start: Callable[[], Running]) -> Running:
+    """What ``start`` gives; a first failure is forgiven, as a server's own processes now and then miss each other while they start."""
+    with suppress(NoisecError):
+        return start()
+    return start()
 
 
 @contextmanager
