@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -56,19 +56,23 @@ def test_settings_that_were_lucky_once_have_to_win_again(tmp_path, monkeypatch):
     assert not alive
 
 
-def test_a_server_may_fail_to_start_once():
-    outcomes = iter([NoisecError("its processes missed each other"), "running"])
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_server_may_fail_to_start_once(tmp_path, monkeypatch, failures):
+    left = dict.fromkeys(LITSERVE.settings, failures)
 
-    def start():
-        outcome = next(outcomes)
-        if isinstance(outcome, NoisecError):
-            raise outcome
-        return outcome
+    @contextmanager
+    def running(peer, environment, repository, guard, settings):
+        if left[settings]:
+            left[settings] -= 1
+            raise NoisecError("its processes missed each other")
+        yield SimpleNamespace(port=0)
 
-    assert compare.at_second_try(start) == "running"
-    outcomes = iter([NoisecError("first"), NoisecError("second")])
-    with pytest.raises(NoisecError, match="second"):
-        compare.at_second_try(start)
+    monkeypatch.setattr(compare, "prepare", lambda peer, work: work)
+    monkeypatch.setattr(compare, "running", running)
+    generator, target = SimpleNamespace(closed=lambda traffic, clients, seconds: loaded(50)), Target.newest(REPOSITORY, GUARD)
+    with pytest.raises(NoisecError, match="missed each other") if failures > 1 else nullcontext():
+        found = compare.compare_peer(LITSERVE, tmp_path, target, lambda batch: Traffic(None, batch), generator, [(1, 1)], 1.0, 1)
+        assert [row.what for row in found if row.part == "peers"] == ["LitServe", "guard"]
 
 
 def test_a_peer_is_measured_against_the_turns_that_the_guard_took_with_it():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from noisec.benchmarks.throughput.peers.registry import PEERS, Peer, Settings
 from noisec.benchmarks.throughput.peers.running import Running, running
 from noisec.benchmarks.throughput.rows import CONTENDERS, GUARD, Part, Row, by_setting, choose, in_turns, of_load
 from noisec.benchmarks.throughput.target import Target
+from noisec.builders.progress import console
 from noisec.errors import NoisecError
 
 MEETINGS = 2
@@ -119,10 +120,16 @@ def _at(rows: Sequence[Row], load: tuple[int, int]) -> list[Row]:
 
 
 def at_second_try(start: Callable[[], Running]) -> Running:
-    """What ``start`` gives; a first failure is forgiven, as a server's own processes now and then miss each other while they start."""
-    with suppress(NoisecError):
+    """What ``start`` gives; a first failure is said and forgiven, as a server's own processes now and then miss each other.
+
+    Raises:
+        NoisecError: it fails again.
+    """
+    try:
         return start()
-    return start()
+    except NoisecError as error:
+        console.print(f"  once more: {str(error).splitlines()[0]}")
+        return start()
 
 
 @contextmanager
