@@ -134,6 +134,23 @@ def with_image_pass(fused: ModelProto) -> ModelProto:
     return result
 
 
+def beside(autoencoder: ModelProto, image: ModelProto) -> ModelProto:
+    """Two graphs of IMAGE as one.
+
+    Args:
+        image: answers LOGITS, PENULTIMATE, which gets the scorer's name for it, and passes of the classifier's copies
+    """
+    first, second = _same_opset(autoencoder, image)
+    second = _prefixed(second, "image/")
+    own = contract.PASSES["image"]
+    renamed = helper.make_node("Identity", [contract.PENULTIMATE], [own], own)
+    outputs = [*first.graph.output, *second.graph.output]
+    entry = ValueInfoProto()
+    entry.CopyFrom(next(value for value in outputs if value.name == contract.PENULTIMATE))
+    entry.name = own
+    return _of_two(first, second, [*first.graph.node, *second.graph.node, renamed], [*outputs, entry], "passes")
+
+
 def with_scorer(passes: ModelProto, scorer: ModelProto, outputs: Sequence[str]) -> ModelProto:
     """A graph that makes everything the scorer reads, with the scorer's behind it.
 

@@ -14,8 +14,9 @@ from onnx import ModelProto, helper
 from noisec import contract, manifest
 from noisec.builders.classifier import read_model
 from noisec.builders.graphs import JOIN, PART, joined, only, save_model, take_bytes, take_floats
+from noisec.builders.passes import fused_passes
 from noisec.builders.release import Release
-from noisec.builders.repository import fused_passes, read_plans, read_widths, write_repository
+from noisec.builders.repository import read_plans, read_widths, write_repository
 from noisec.builders.spec import NETWORK_STAGES, GuardSpec, ServingSpec, Stage, changed
 from noisec.builders.stages import in_process
 from noisec.errors import NoisecError

@@ -45,6 +45,11 @@ class Release:
         return self.repository / stage_model(self.name, stage) / str(self.release)
 
     @property
+    def own_folder(self) -> Path:
+        """The guard's own: empty where it is an ensemble."""
+        return self.repository / self.name / str(self.release)
+
+    @property
     def stages(self) -> dict[str, Path]:
         """Network stage -> its folder."""
         return {stage: self.folder(stage) for stage in NETWORK_STAGES}

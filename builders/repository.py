@@ -14,9 +14,9 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as triton
 
 from noisec import contract
-from noisec.builders.classifier import read_model
-from noisec.builders.graphs import apart, save_model, with_image_pass, with_scorer
-from noisec.builders.scorergraph import scorer_graph
+from noisec.builders.graphs import save_model
+from noisec.builders.onegraph import guard_graph, process_graphs
+from noisec.builders.passes import own_passes, passes_needed, scorer_inputs
 from noisec.builders.spec import GuardSpec
 from noisec.contract import stage_model
 from noisec.manifest import CONFIG, UNFINISHED, manifest_path
@@ -38,30 +38,6 @@ class Widths:
     shape: tuple[int, int, int]
     classes: int
     features: int
-
-
-def passes_needed(spec: GuardSpec) -> tuple[contract.Pass, ...]:
-    """The classifier passes that the guard's detectors look at, the image's always among them: it gives the label."""
-    needed = {"image", *(name for detector in spec.detectors for name in contract.VIEWS[detector.view])}
-    return tuple(name for name in contract.PASSES if name in needed)
-
-
-def fused_passes(spec: GuardSpec) -> tuple[contract.Pass, ...]:
-    """The classifier passes that the layout puts into the autoencoder stage."""
-    return tuple(one for one in passes_needed(spec) if one in ("noise", "reconstruction")) if spec.serving.layout != "staged" else ()
-
-
-def own_passes(spec: GuardSpec) -> tuple[contract.Pass, ...]:
-    """The classifier passes that the autoencoder stage makes itself: those, and those of the classifier's copies in every layout."""
-    return tuple(one for one in passes_needed(spec) if one in contract.COPIES or one in fused_passes(spec))
-
-
-def scorer_inputs(spec: GuardSpec) -> tuple[str, ...]:
-    """Tensors that the scorer reads besides NOISE_LEVEL and IN_RANGE."""
-    views = {name for detector in spec.detectors for name in contract.VIEWS[detector.view]} | (
-        {"image"} if spec.needs_head or spec.memory else set()
-    )
-    return tuple(contract.PASSES[name] for name in contract.PASSES if name in views)
 
 
 def _tensor(name: str, dims: tuple[int, ...], kind: str = "TYPE_FP32") -> dict[str, object]:
@@ -91,16 +67,13 @@ def network_config(spec: GuardSpec, stage: str, widths: Widths, plans: Mapping[s
     }
     config = triton.ModelConfig(
         name=stage_model(spec.name, stage),
-        backend="onnxruntime",
-        default_model_filename="model.onnx",
         max_batch_size=spec.serving.max_batch_size,
         input=[_image(spec, widths)],
         output=outputs[stage],
         dynamic_batching=_batching(spec),
-        instance_group=[{"count": spec.serving.instances, "kind": triton.ModelInstanceGroup.KIND_AUTO}],
     )
-    if plans:
-        config.MergeFrom(_for_tensorrt(spec, widths, plans))
+    config.MergeFrom(_for_tensorrt(spec, widths, plans) if plans else _for_onnxruntime())
+    config.instance_group.add(count=spec.serving.instances, kind=triton.ModelInstanceGroup.KIND_AUTO)
     return config
 
 
@@ -110,6 +83,13 @@ def _batching(spec: GuardSpec) -> triton.ModelDynamicBatching:
     if spec.serving.max_queue_size:
         found.default_queue_policy.max_queue_size = spec.serving.max_queue_size
     return found
+
+
+def _for_onnxruntime() -> triton.ModelConfig:
+    """What an ONNX model has besides. One thread on the CPU: the native backend would give each instance one for every core, which wait in
+    loops for work and take the cores from each other."""
+    one = {"intra_op_thread_count": {"string_value": "1"}, "inter_op_thread_count": {"string_value": "1"}}
+    return triton.ModelConfig(backend="onnxruntime", default_model_filename="model.onnx", parameters=one)
 
 
 def _for_tensorrt(spec: GuardSpec, widths: Widths, plans: Mapping[str, str]) -> triton.ModelConfig:
@@ -152,7 +132,10 @@ def _verdict() -> list[dict[str, object]]:
 
 
 def guard_config(spec: GuardSpec, widths: Widths, class_names: tuple[str, ...]) -> triton.ModelConfig:
-    """Configuration of the guard itself: an ensemble of its stages, or one model that does without them."""
+    """Configuration of the guard itself: an ensemble of its stages, or one model that does without them.
+
+    One graph makes all that it makes for every request: clients that want only labels are told to ask the classifier stage.
+    """
     config = triton.ModelConfig(
         name=spec.name,
         max_batch_size=spec.serving.max_batch_size,
@@ -160,13 +143,18 @@ def guard_config(spec: GuardSpec, widths: Widths, class_names: tuple[str, ...]) 
         output=[_tensor(contract.LOGITS, (widths.classes,)), *_verdict()],
         parameters={"class_names": {"string_value": "\n".join(class_names)}},
     )
-    if spec.serving.layout == "single":
-        config.backend, config.default_model_filename = "python", "single.py"
-        config.dynamic_batching.CopyFrom(_batching(spec))
-        config.instance_group.add(count=spec.serving.instances, kind=triton.ModelInstanceGroup.KIND_CPU)
-    else:
+    if spec.serving.layout in ("staged", "fused"):
         config.platform = "ensemble"
         config.ensemble_scheduling.step.extend(ensemble_steps(spec))
+        return config
+    config.dynamic_batching.CopyFrom(_batching(spec))
+    if spec.serving.layout == "single":
+        config.backend, config.default_model_filename = "python", "single.py"
+        config.instance_group.add(count=spec.serving.instances, kind=triton.ModelInstanceGroup.KIND_CPU)
+    else:
+        config.MergeFrom(_for_onnxruntime())
+        config.parameters[contract.LABEL_MODEL].string_value = stage_model(spec.name, "classifier")
+        config.instance_group.add(count=spec.serving.instances, kind=triton.ModelInstanceGroup.KIND_AUTO)
     return config
 
 
@@ -237,6 +225,8 @@ def write_repository(
             folder = _new_version(new, guard_config(spec, widths, class_names), spec.release)
             if spec.serving.layout == "single":
                 _write_single(folder, spec, stages, scorer)
+            elif spec.serving.layout == "graph":
+                save_model(guard_graph(spec, stages, scorer), folder)
             manifest_path(repository, spec.name, spec.release).unlink(missing_ok=True)
             for model in sorted(new.iterdir()):
                 _put_in_place(model, repository / model.name, Path(place, "former"))
@@ -249,21 +239,11 @@ def write_repository(
 
 
 def _write_single(folder: Path, spec: GuardSpec, stages: Mapping[str, Path], scorer: scoring.Scorer) -> None:
-    """What a guard in one process runs: its code and its scorer, and below it the networks' graphs and the scorer's. Passes of the
-    classifier's copies lie there beside the image's own, whose first layers the amplified ones share, and not in the autoencoder's graph as
-    they do where stages are models of their own; without copies the image's pass is one with the others, and the scorer's graph is behind
-    them in the same one."""
+    """What a guard in one process runs: its code and its scorer, and below it the networks' graphs and the scorer's."""
     for path in GUARD_FILES:
         shutil.copyfile(path, folder / path.name)
     scorer.save(folder / "scorer.npz")
-    arranged = {"scorer": scorer_graph(scorer)}
-    if spec.copies:
-        graphs = (read_model(stages[stage] / "model.onnx") for stage in ("autoencoder", "classifier"))
-        arranged |= zip(("autoencoder", "image"), apart(*graphs), strict=True)
-    elif fused_passes(spec):
-        passes = with_image_pass(read_model(stages["autoencoder"] / "model.onnx"))
-        remembered = [contract.PASSES["image"]] if scorer.repeats else []
-        arranged = {"autoencoder": with_scorer(passes, arranged["scorer"], [contract.LOGITS, contract.SCORE, *remembered])}
+    arranged = process_graphs(spec, stages, scorer)
     for name in {*stages, *arranged}:
         (folder / name).mkdir()
     for name, graph in arranged.items():

@@ -1,4 +1,5 @@
-"""The scorer as an ONNX graph: for a guard in one process, where ONNX Runtime runs anyway, and for an attacker who wants its gradients.
+"""The scorer as an ONNX graph: for a guard in one process or one graph, where ONNX Runtime runs anyway, and for an attacker who wants its
+gradients.
 
 The formulas are those of :mod:`noisec.python_backend.scorer`, operation by operation. NumPy takes some hundred small steps for a few
 images, and most of their time is the steps' own; the graph takes a third. Instead of sorting rows by noise level, it keeps the parameters
@@ -24,7 +25,7 @@ from noisec.builders.classifier import IR_VERSION, OPSET
 from noisec.builders.graphs import without_repeats
 from noisec.errors import NoisecError
 from noisec.python_backend.scorer.detectors import LocalDimension, squared_lengths
-from noisec.python_backend.scorer.scoring import IMAGE_PENULTIMATE, IN_RANGE, NOISE_LEVEL, Detector, Scorer
+from noisec.python_backend.scorer.scoring import IMAGE_PENULTIMATE, IN_RANGE, LARGEST, NOISE_LEVEL, Detector, Scorer, conformal_p_values
 
 Array = npt.NDArray[Any]
 
@@ -257,6 +258,15 @@ KINDS: Mapping[str, Callable[[Rows, Detector], str]] = MappingProxyType(
     }
 )
 """kind of a detector -> its statistic, float32 [n, 1]"""
+VERDICT_KINDS: Mapping[str, int] = MappingProxyType(
+    {
+        contract.SCORE: TensorProto.FLOAT,
+        contract.P_VALUE: TensorProto.FLOAT,
+        contract.IS_MALICIOUS: TensorProto.BOOL,
+        contract.RELEASE: TensorProto.INT32,
+    }
+)
+"""output of a verdict -> its type"""
 
 
 def scorer_graph(scorer: Scorer) -> ModelProto:
@@ -265,10 +275,40 @@ def scorer_graph(scorer: Scorer) -> ModelProto:
     Raises:
         NoisecError: a detector is of a kind that has no formula here.
     """
+    rows = Rows(scorer)
+    _score(rows, scorer, output=contract.SCORE)
+    return _model(rows, scorer, {contract.SCORE: TensorProto.FLOAT})
+
+
+def verdict_graph(scorer: Scorer) -> ModelProto:
+    """The graph that gives the scorer's outputs, [n, 1] each, of its inputs.
+
+    Args:
+        scorer: without a memory, which a graph does not have
+
+    Raises:
+        NoisecError: a detector is of a kind that has no formula here.
+    """
+    rows = Rows(scorer)
+    _judge(rows.add, scorer, _score(rows, scorer))
+    return _model(rows, scorer, VERDICT_KINDS)
+
+
+def _model(rows: Rows, scorer: Scorer, outputs: Mapping[str, int]) -> ModelProto:
+    """What has been added so far, as a model with these outputs, name -> type."""
+    entries = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", None]) for name in scorer.inputs]
+    made = [helper.make_tensor_value_info(name, kind, ["batch", 1]) for name, kind in outputs.items()]
+    graph = helper.make_graph(rows.add.nodes, "scorer", entries, made, rows.add.weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="noisec")
+    onnx.checker.check_model(model)
+    return without_repeats(model)
+
+
+def _score(rows: Rows, scorer: Scorer, output: str = "") -> str:
+    """The fused score, [n, 1]."""
     unknown = sorted({one.kind for one in scorer.detectors} - KINDS.keys())
     if unknown:
         raise NoisecError(f"detectors of kind {', '.join(map(repr, unknown))} have no graph; known are {', '.join(KINDS)}")
-    rows = Rows(scorer)
     add = rows.add
     raw = add("Concat", *(KINDS[one.kind](rows, one) for one in scorer.detectors), axis=1)
     segments = [np.stack([scale.segments for scale in one.scales], axis=1) for one in scorer.detectors]  # [3, L, m] each
@@ -276,14 +316,34 @@ def scorer_graph(scorer: Scorer) -> ModelProto:
     # A ReLU or a comparison drops what is no number; its product with 0 stays one.
     broken = add.total(add("Mul", add("Concat", *scorer.inputs, each, axis=1), 0.0))
     fused = add("Add", _fused(rows, scorer, each), broken)
-    add("Where", add("Equal", IN_RANGE, 1.0), fused, float("nan"), output=contract.SCORE)
-    entries = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", None]) for name in scorer.inputs]
-    graph = helper.make_graph(
-        add.nodes, "scorer", entries, [helper.make_tensor_value_info(contract.SCORE, TensorProto.FLOAT, ["batch", 1])], add.weights
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="noisec")
-    onnx.checker.check_model(model)
-    return without_repeats(model)
+    return add("Where", add("Equal", IN_RANGE, 1.0), fused, float("nan"), output=output)
+
+
+def _judge(add: Nodes, scorer: Scorer, score: str) -> None:
+    """As :meth:`noisec.python_backend.scorer.scoring.Scorer.outputs`, of scores [n, 1]."""
+    size = len(scorer.calibration)
+    p_values = conformal_p_values(np.arange(size, dtype=np.float32), np.arange(size + 1, dtype=np.float32))
+    """where 0, 1, ... and ``size`` calibration scores are lower"""
+    add("Where", add("Equal", add("Mul", score, 0.0), 0.0), score, float(LARGEST), output=contract.SCORE)
+    add("Gather", p_values, add("Min", _lower(add, scorer.calibration, score), np.array(size)), axis=0, output=contract.P_VALUE)
+    add("Not", add("LessOrEqual", score, float(scorer.threshold)), output=contract.IS_MALICIOUS)
+    add("Expand", np.array([[scorer.release]], np.int32), add("Shape", score), output=contract.RELEASE)
+
+
+def _lower(add: Nodes, ascending: Array, score: str) -> str:
+    """How many of ascending values [m] are lower than each score [n, 1]: int64 [n, 1]; m or more where it is no number.
+
+    In two steps, as the values are many: the rows of a square that start lower, and the values in the last of those.
+    """
+    side = math.isqrt(len(ascending) - 1) + 1
+    square = np.pad(ascending, (0, side**2 - len(ascending)), constant_values=np.inf).reshape(side, side)
+
+    def count(values: str | Array) -> str:
+        return add.total(add("Cast", add("Not", add("GreaterOrEqual", values, score)), to=TensorProto.INT64))
+
+    row = add("Max", add("Sub", count(square[:, 0]), np.array(1)), np.array(0))
+    within = count(add("Gather", square, add("Squeeze", row, np.array([1])), axis=0))
+    return add("Add", add("Mul", row, np.array(side)), within)
 
 
 def _fused(rows: Rows, scorer: Scorer, each: str) -> str:

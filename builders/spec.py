@@ -289,12 +289,13 @@ def depended_on(section: ClassifierSpec | AutoencoderSpec | HardenedSpec) -> dic
 
 
 class ServingSpec(Section):
-    layout: Literal["staged", "fused", "single"] = "fused"
+    layout: Literal["staged", "fused", "single", "graph"] = "fused"
     """``fused``: the autoencoder stage also makes the classifier passes of the noise and the reconstruction, in one pass over both; the
     image's pass stays a stage of its own, for requests that want only the label. ``staged``: the classifier stage makes every pass; clients
     that give up can end a Triton before 26.05 that serves it. ``single``: the guard is no ensemble but one model that does all of it in one
     process, on the CPU, with one compute thread (an image alone takes a second): give it an instance for each core; its stages stay in the
-    repository as models of their own"""
+    repository as models of their own. ``graph``: so do they, but the guard is one ONNX graph, verdict included, which Triton's own ONNX
+    Runtime backend runs without any Python: the fastest; requests that want only the label go to the classifier stage"""
     input: Literal["float32", "uint8"] = "float32"
     """what clients send as IMAGE: floats in [0, 1], or bytes, which the graphs divide by 255; a quarter of the traffic"""
     max_batch_size: Count = 64
@@ -303,9 +304,9 @@ class ServingSpec(Section):
     scorer_delay_microseconds: CountOrNone = 0
     """the same for the scorer stage: the requests of one network batch arrive one after the other"""
     instances: Count = 2
-    """copies of each network stage, or of a guard in one process, on each GPU or on the CPU"""
+    """copies of each network stage, or of a guard in one process or graph, on each GPU or on the CPU, where each has one compute thread"""
     max_queue_size: CountOrNone = 0
-    """requests that may wait for a guard in one process; more are refused at once. 0: any number"""
+    """requests that may wait for a guard in one process or graph; more are refused at once. 0: any number"""
 
 
 class GuardSpec(Section):
@@ -373,24 +374,32 @@ class GuardSpec(Section):
     def _bytes_only_for_images(self) -> GuardSpec:
         if self.serving.input == "uint8" and self.serving.layout == "staged":
             raise ValueError(
-                "serving.input = 'uint8' goes with layout 'fused' or 'single': a staged classifier is fed noise too, in floats"
+                "serving.input = 'uint8' goes with layout 'fused', 'single' or 'graph': a staged classifier is fed noise too, in floats"
             )
         if self.serving.input == "uint8" and self.runtime != "onnxruntime":
             raise ValueError("serving.input = 'uint8' goes with runtime = 'onnxruntime'; TensorRT stages take floats")
         return self
 
     @model_validator(mode="after")
-    def _one_process_on_the_processor(self) -> GuardSpec:
-        if self.serving.layout == "single" and self.runtime != "onnxruntime":
-            raise ValueError("serving.layout = 'single' goes with runtime = 'onnxruntime', on the CPU; TensorRT stages are staged or fused")
+    def _one_model_without_plans(self) -> GuardSpec:
+        if self.serving.layout in ("single", "graph") and self.runtime != "onnxruntime":
+            raise ValueError(
+                f"serving.layout = {self.serving.layout!r} goes with runtime = 'onnxruntime'; TensorRT stages are staged or fused"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _no_memory_in_a_graph(self) -> GuardSpec:
+        if self.serving.layout == "graph" and self.memory:
+            raise ValueError("serving.layout = 'graph' goes without [memory]: a graph remembers nothing; serve the guard single or fused")
         return self
 
     @model_validator(mode="after")
     def _no_stage_refuses_requests(self) -> GuardSpec:
-        if self.serving.max_queue_size and self.serving.layout != "single":
+        if self.serving.max_queue_size and self.serving.layout not in ("single", "graph"):
             raise ValueError(
-                f"serving.max_queue_size = {self.serving.max_queue_size} goes with layout 'single': a full queue of an ensemble's stage "
-                "ends Triton before 26.05 (docs/known-issues.md)"
+                f"serving.max_queue_size = {self.serving.max_queue_size} goes with layout 'single' or 'graph': a full queue of an "
+                "ensemble's stage ends Triton before 26.05 (docs/known-issues.md)"
             )
         return self
 

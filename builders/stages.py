@@ -13,8 +13,8 @@ from tritonclient.grpc import model_config_pb2
 from noisec import contract
 from noisec.builders.figures import Answers
 from noisec.builders.images import BATCH, Floats
+from noisec.builders.passes import fused_passes, passes_needed
 from noisec.builders.progress import tracked
-from noisec.builders.repository import fused_passes, passes_needed
 from noisec.builders.spec import GuardSpec
 from noisec.contract import stage_model
 from noisec.errors import NoisecError

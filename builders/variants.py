@@ -20,9 +20,9 @@ from noisec.builders.figures import PrecisionTable
 from noisec.builders.head import read_head
 from noisec.builders.images import BATCH, Floats, Splits, in_batches, natural
 from noisec.builders.layout import arrange, changed_stages
+from noisec.builders.passes import fused_passes
 from noisec.builders.precision import lower
 from noisec.builders.protect import Protected, training_inputs
-from noisec.builders.repository import fused_passes
 from noisec.builders.spec import INT8_IMAGES, NETWORK_STAGES, GuardSpec, Precision, Stage
 from noisec.builders.stages import Infer, StageRunner, ask_guard, in_process, on_gpu
 from noisec.builders.workbench import Workbench, seconds_of

@@ -99,7 +99,7 @@ class AsyncGuardClient:
 
     async def _ask(self, batch: npt.NDArray[Any], outputs: tuple[str, ...]) -> Verdicts:
         try:
-            result = await self._client.infer(self._guard, client_timeout=self._timeout, **infer_arguments(batch, outputs))
+            result = await self._client.infer(client_timeout=self._timeout, **infer_arguments(self.interface, batch, outputs))
         except InferenceServerException as error:
             raise NoisecError(f"{self._guard}: {refusal(error, self._timeout, len(batch))}") from error
         return read_answer(result, outputs)

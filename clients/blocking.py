@@ -59,7 +59,7 @@ class GuardClient:
 
     def _ask(self, batch: npt.NDArray[Any], outputs: tuple[str, ...]) -> Verdicts:
         try:
-            result = self._client.infer(self.interface.guard, client_timeout=self._timeout, **infer_arguments(batch, outputs))
+            result = self._client.infer(client_timeout=self._timeout, **infer_arguments(self.interface, batch, outputs))
         except triton_grpc.InferenceServerException as error:
             raise NoisecError(f"{self.interface.guard}: {refusal(error, self._timeout, len(batch))}") from error
         return read_answer(result, outputs)

@@ -16,6 +16,8 @@ from noisec import contract
 from noisec.clients.results import Verdicts
 from noisec.errors import NoisecError
 
+SETTINGS = ("class_names", contract.LABEL_MODEL)
+"""parameters of a guard's configuration"""
 Pixels = npt.NDArray[np.float32 | np.uint8]
 """float32 in [0, 1], or uint8 for a guard that takes bytes"""
 
@@ -31,6 +33,8 @@ class GuardInterface:
     class_names: tuple[str, ...]
     takes_bytes: bool = False
     """whether IMAGE is uint8 in [0, 255] instead of float32 in [0, 1]"""
+    label_model: str = ""
+    """Triton model that is asked where only labels are wanted; the guard itself where it is empty"""
 
     @classmethod
     def from_config(cls, guard: str, config: Any) -> GuardInterface:
@@ -46,9 +50,10 @@ class GuardInterface:
                 f"{guard!r} is not a guard: its inputs are {sorted(inputs)}, and of a guard's outputs it lacks {sorted(missing)}"
             )
         channels, height, width = inputs[contract.IMAGE]
-        names = config.parameters["class_names"].string_value if "class_names" in config.parameters else ""
+        names, label_model = (config.parameters[key].string_value if key in config.parameters else "" for key in SETTINGS)
         takes_bytes = config.input[0].data_type == model_config_pb2.TYPE_UINT8
-        return cls(guard, (channels, height, width), config.max_batch_size, tuple(names.split("\n")) if names else (), takes_bytes)
+        classes = tuple(names.split("\n")) if names else ()
+        return cls(guard, (channels, height, width), config.max_batch_size, classes, takes_bytes, label_model)
 
     def name_of(self, label: int) -> str:
         """Name of a class, or its number."""
@@ -100,10 +105,11 @@ def wanted_outputs(labels_only: bool) -> tuple[str, ...]:
     return (contract.LOGITS,) if labels_only else contract.OUTPUTS
 
 
-def infer_arguments(batch: Pixels, outputs: tuple[str, ...]) -> dict[str, Any]:
-    """``inputs`` and ``outputs`` of tritonclient's ``infer``."""
+def infer_arguments(interface: GuardInterface, batch: Pixels, outputs: tuple[str, ...]) -> dict[str, Any]:
+    """``model_name``, ``inputs`` and ``outputs`` of tritonclient's ``infer``."""
+    model = interface.label_model if outputs == (contract.LOGITS,) and interface.label_model else interface.guard
     image = triton_grpc.InferInput(contract.IMAGE, batch.shape, "UINT8" if batch.dtype == np.uint8 else "FP32").set_data_from_numpy(batch)
-    return {"inputs": [image], "outputs": [triton_grpc.InferRequestedOutput(name) for name in outputs]}
+    return {"model_name": model, "inputs": [image], "outputs": [triton_grpc.InferRequestedOutput(name) for name in outputs]}
 
 
 def read_answer(result: Any, outputs: tuple[str, ...]) -> Verdicts:

@@ -39,6 +39,8 @@ START_SECONDS, STOP_SECONDS = 10.0, 20.0
 """in which a new process has become the server, and in which one has ended, at the latest"""
 FOLDER = "noisec-server-"
 RUNTIMES = Path(__file__).parent / "runtimes"
+BACKENDS = "NOISEC_BACKENDS"
+"""environment variable: a folder with backends of Triton's own, such as a container's ``/opt/tritonserver/backends``"""
 
 
 class _Config(TritonServerConfig):  # type: ignore[misc]
@@ -288,7 +290,12 @@ def _remove_abandoned() -> None:
 
 
 def _assemble_backends(target: Path) -> None:
-    """A backend directory: pytriton's Python backend with the stub of this Python beside it, and our stand-ins."""
+    """A backend directory: pytriton's Python backend with the stub of this Python beside it, and our stand-ins, or instead of them those of
+    Triton's own that a folder holds.
+
+    Raises:
+        NoisecError: there is no Python backend for this Python, or no backend in the folder.
+    """
     python = target / "python"
     shutil.copytree(get_root_module_path() / "tritonserver" / "backends" / "python", python)
     stub = get_stub_path(f"{sys.version_info.major}.{sys.version_info.minor}")
@@ -297,10 +304,30 @@ def _assemble_backends(target: Path) -> None:
             f"nvidia-pytriton has no Python backend for Python {sys.version_info.major}.{sys.version_info.minor}; use 3.10 to 3.12"
         )
     shutil.copy(stub, python)
+    own = native_backends()
     for runtime in RUNTIMES.iterdir():
-        if (runtime / "model.py").is_file():
+        if runtime.name in own:
+            (target / runtime.name).symlink_to(own[runtime.name])
+        elif (runtime / "model.py").is_file():
             (target / runtime.name).mkdir()
             shutil.copy(runtime / "model.py", target / runtime.name)
+
+
+def native_backends() -> dict[str, Path]:
+    """Triton's own backends that take the stand-ins' place: name -> folder.
+
+    Raises:
+        NoisecError: the folder that is named holds none.
+    """
+    if not (place := os.environ.get(BACKENDS)):
+        return {}
+    folder = Path(place).resolve()
+    found = {runtime.name: folder / runtime.name for runtime in RUNTIMES.iterdir()}
+    found = {name: path for name, path in found.items() if (path / f"libtriton_{name}.so").is_file()}
+    if not found:
+        wanted = " and no ".join(f"{runtime}/libtriton_{runtime}.so" for runtime in ("onnxruntime", "tensorrt"))
+        raise NoisecError(f"{BACKENDS}={place}: no {wanted} in this folder")
+    return found
 
 
 def _ports(host: str, *wanted: int) -> list[int]:

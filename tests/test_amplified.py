@@ -178,11 +178,12 @@ def amplifying(report, tmp_path_factory):
     scorer = fit_scorer(spec, run, splits, read_head(stages["classifier"] / "model.onnx", report[:32].floats()))
     widths, names = read_widths(REPOSITORY, GUARD)
     repository = folder / "repository"
-    for name in ("staged", "single"):
+    for name in ("staged", "single", "graph"):
         named = changed(spec, name=name)
         write_repository(repository, named, widths, names, stages, scorer)
         manifest.write_manifest(repository, name, 1, {"versions": content["versions"], "spec": named.model_dump(mode="json")})
-    rearrange(repository, "single", ServingSpec(layout="single"), repository)
+    for layout in ("single", "graph"):
+        rearrange(repository, layout, ServingSpec(layout=layout), repository)
     rearrange(repository, "staged", ServingSpec(layout="fused"), folder / "fused")
     with EmbeddedServer(repository) as running:
         yield running, run, scorer, folder
@@ -191,7 +192,7 @@ def amplifying(report, tmp_path_factory):
 def test_every_layout_gives_the_verdicts_of_the_scorer_that_was_fitted(amplifying, report):
     server, run, scorer, folder = amplifying
     expected = ask_guard(run, scorer, iter([report[:200].floats()]), 200, "amplified")
-    for name in ("staged", "single"):
+    for name in ("staged", "single", "graph"):
         with GuardClient(server.grpc_url, name) as client:
             found = client.classify(report[:200].pixels)
         np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-3, atol=1e-3)

@@ -13,7 +13,7 @@ from conftest import GUARD, REPOSITORY, images_answered
 
 from noisec import contract
 from noisec.builders.images import in_batches
-from noisec.builders.repository import passes_needed
+from noisec.builders.passes import passes_needed
 from noisec.builders.stages import StageRunner, in_process
 from noisec.clients import AsyncGuardClient, GuardClient
 from noisec.clients.requests import read_answer

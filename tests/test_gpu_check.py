@@ -37,7 +37,8 @@ from noisec.builders.engine import gpus
 from noisec.builders.export import export_plain
 from noisec.builders.figures import Answers
 from noisec.builders.images import Splits
-from noisec.builders.repository import ensemble_steps, fused_passes
+from noisec.builders.passes import fused_passes
+from noisec.builders.repository import ensemble_steps
 from noisec.builders.spec import PreprocessingSpec, ServingSpec, changed
 from noisec.builders.stages import in_process, on_gpu
 from noisec.builders.torchgraph import TorchGraph

@@ -1,4 +1,4 @@
-"""Fewer stages, one process, a quarter of the bytes: the same verdicts."""
+"""Fewer stages, one process, one graph, a quarter of the bytes: the same verdicts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,22 @@ def single_bytes(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def graph(tmp_path_factory) -> Path:
+    return arranged(tmp_path_factory, layout="graph")
+
+
+@pytest.fixture(scope="module")
+def graph_bytes(tmp_path_factory) -> Path:
+    return arranged(tmp_path_factory, layout="graph", input="uint8")
+
+
+@pytest.fixture(scope="module")
+def graph_server(graph) -> Iterator[EmbeddedServer]:
+    with EmbeddedServer(graph) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
 def byte_server(bytewise) -> Iterator[EmbeddedServer]:
     with EmbeddedServer(bytewise) as running:
         yield running
@@ -118,8 +135,8 @@ def same(found, wanted):
     np.testing.assert_allclose(found.logits, wanted.logits, rtol=1e-4, atol=1e-4)
 
 
-def test_other_layouts_are_whole_repositories_with_the_same_contract(staged, fused, bytewise, single, single_bytes):
-    for repository in (staged, bytewise, single, single_bytes):
+def test_other_layouts_are_whole_repositories_with_the_same_contract(staged, fused, bytewise, single, single_bytes, graph, graph_bytes):
+    for repository in (staged, bytewise, single, single_bytes, graph, graph_bytes):
         assert manifest.verify_repository(repository) == []
         assert list(read_config(repository / GUARD).output) == list(read_config(REPOSITORY / GUARD).output)
     assert spec_of(fused).serving.layout == "fused"
@@ -128,6 +145,9 @@ def test_other_layouts_are_whole_repositories_with_the_same_contract(staged, fus
         assert steps == [f"{GUARD}_autoencoder", *[f"{GUARD}_classifier"] * passes, f"{GUARD}_scorer"]
     alone = read_config(single / GUARD)
     assert (alone.platform, alone.backend, alone.instance_group[0].count) == ("", "python", 2)
+    one = read_config(graph / GUARD)
+    assert (one.platform, one.backend, one.default_model_filename) == ("", "onnxruntime", "model.onnx")
+    assert not list((graph / GUARD / "1").glob("*.py"))
 
 
 def test_one_process_gives_the_staged_verdicts(single_server, report, staged_verdicts):
@@ -140,6 +160,39 @@ def test_one_process_gives_the_staged_verdicts(single_server, report, staged_ver
     np.testing.assert_array_equal(labels.labels, staged_verdicts.labels)
     after = images_answered(single_server.grpc_url)
     assert {name for name in after if after[name] > before[name]} == {GUARD}
+
+
+@pytest.mark.parametrize("kind", ["floats", "bytes"])
+def test_one_graph_gives_the_staged_verdicts(kind, graph_server, graph_bytes, report, staged_verdicts):
+    with ExitStack() as stack:
+        server = graph_server if kind == "floats" else stack.enter_context(EmbeddedServer(graph_bytes))
+        before = images_answered(server.grpc_url)
+        client = stack.enter_context(GuardClient(server.grpc_url, GUARD))
+        found = client.classify(report[:200].pixels)
+        after = images_answered(server.grpc_url)
+    same(found, staged_verdicts)
+    # a score that differs in its last digits may pass some of the calibration images'
+    np.testing.assert_allclose(found.p_values, staged_verdicts.p_values, atol=1e-3)
+    assert found.releases.tolist() == [1] * 200
+    assert {name for name in after if after[name] > before[name]} == {GUARD}
+
+
+def test_who_wants_labels_of_one_graph_asks_the_classifier(graph_server, report, staged_verdicts):
+    before = images_answered(graph_server.grpc_url)
+    with GuardClient(graph_server.grpc_url, GUARD) as client:
+        labels = client.classify(report[:200].pixels, labels_only=True)
+
+    async def ask():
+        async with AsyncGuardClient(graph_server.grpc_url, GUARD) as client:
+            return await client.classify(report[:200].pixels, labels_only=True)
+
+    assert labels.labels.tolist() == asyncio.run(ask()).labels.tolist() == staged_verdicts.labels.tolist()
+    after = images_answered(graph_server.grpc_url)
+    assert {name for name in after if after[name] > before[name]} == {stage_model(GUARD, "classifier")}
+    image = triton_grpc.InferInput(contract.IMAGE, (1, 1, 28, 28), "FP32").set_data_from_numpy(report[:1].floats())
+    with triton_grpc.InferenceServerClient(graph_server.grpc_url) as raw:
+        asked = raw.infer(GUARD, [image], outputs=[triton_grpc.InferRequestedOutput(contract.LOGITS)])
+    np.testing.assert_allclose(asked.as_numpy(contract.LOGITS), labels.logits[:1], rtol=1e-4, atol=1e-4)
 
 
 def test_an_image_alone_gets_the_same_verdict_on_two_cores(single, pixels):
@@ -174,12 +227,12 @@ def test_a_request_without_an_answer_in_time_says_how_long_that_was(single_serve
     asyncio.run(ask())
 
 
-def test_guards_that_impatient_clients_can_end_are_told(staged, fused, single):
+def test_guards_that_impatient_clients_can_end_are_told(staged, fused, single, graph):
     assert ended_by_the_impatient(staged) == [GUARD]
-    assert ended_by_the_impatient(fused) == ended_by_the_impatient(single) == []
+    assert [ended_by_the_impatient(one) for one in (fused, single, graph)] == [[], [], []]
 
 
-@pytest.mark.parametrize("name", ["started", "single_server"])
+@pytest.mark.parametrize("name", ["started", "single_server", "graph_server"])
 def test_impatient_clients_do_not_end_a_server(name, pixels, request):
     """As they end the embedded server with a staged guard after some dozens of requests: Triton before 26.05."""
     server = request.getfixturevalue(name)
@@ -192,8 +245,9 @@ def test_impatient_clients_do_not_end_a_server(name, pixels, request):
         same(patient.classify(pixels[:20]), expected)
 
 
-def test_a_full_queue_refuses_requests_and_answers_the_others(tmp_path_factory, pixels):
-    repository = arranged(tmp_path_factory, layout="single", max_queue_size=2)
+@pytest.mark.parametrize("layout", ["single", "graph"])
+def test_a_full_queue_refuses_requests_and_answers_the_others(layout, tmp_path_factory, pixels):
+    repository = arranged(tmp_path_factory, layout=layout, max_queue_size=2)
     with EmbeddedServer(repository) as running, GuardClient(running.grpc_url, GUARD) as client, ThreadPoolExecutor(12) as many:
 
         def ask(turn):
@@ -212,13 +266,17 @@ def test_a_full_queue_refuses_requests_and_answers_the_others(tmp_path_factory, 
             same(verdicts, expected)
 
 
-def test_no_image_is_malicious_in_one_process_too(single_server, pixels):
+@pytest.mark.parametrize("name", ["single_server", "graph_server"])
+def test_no_image_is_malicious_in_one_model_too(name, pixels, request):
     images = pixels[:4].copy()
     images[0, 0, 3, 3], images[1, 0, 0, 0], images[2, 0, 5, 5] = np.nan, np.inf, 1.5
-    with triton_grpc.InferenceServerClient(single_server.grpc_url) as client:
+    with triton_grpc.InferenceServerClient(request.getfixturevalue(name).grpc_url) as client:
         for batch in (images, images[:1], images[1:2], images[2:3]):
             sent = triton_grpc.InferInput(contract.IMAGE, batch.shape, "FP32").set_data_from_numpy(batch)
-            assert client.infer(GUARD, [sent]).as_numpy(contract.IS_MALICIOUS)[:3].all()
+            answer = client.infer(GUARD, [sent])
+            assert answer.as_numpy(contract.IS_MALICIOUS)[:3].all()
+            assert (answer.as_numpy(contract.SCORE)[:3] == np.finfo(np.float32).max).all()
+            assert (answer.as_numpy(contract.P_VALUE)[:3] < 0.01).all()
 
 
 def test_a_guard_in_one_process_whose_graph_lacks_a_tensor_does_not_load(single, tmp_path):
@@ -311,7 +369,7 @@ def tensors_of(repository: Path, images):
     return StageRunner.of(spec_of(repository), in_process(Release.newest(repository, GUARD).stages, 1)).batch(images)
 
 
-@pytest.mark.parametrize("name", ["fused", "bytewise", "single", "single_bytes"])
+@pytest.mark.parametrize("name", ["fused", "bytewise", "single", "single_bytes", "graph", "graph_bytes"])
 def test_builders_get_the_same_tensors_from_every_layout(name, pixels, staged, request):
     wanted, found = tensors_of(staged, pixels[:20]), tensors_of(request.getfixturevalue(name), pixels[:20])
     assert wanted.keys() == found.keys()
@@ -319,7 +377,7 @@ def test_builders_get_the_same_tensors_from_every_layout(name, pixels, staged, r
         np.testing.assert_allclose(found[key], rows, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["staged", "bytewise", "single", "single_bytes"])
+@pytest.mark.parametrize("name", ["staged", "bytewise", "single", "single_bytes", "graph", "graph_bytes"])
 @pytest.mark.parametrize("back", [{"layout": "staged"}, {"layout": "fused"}, {"layout": "fused", "input": "uint8"}])
 def test_every_layout_can_be_left_again(name, back, staged, pixels, tmp_path, request):
     rearrange(request.getfixturevalue(name), GUARD, ServingSpec(**back), tmp_path)
@@ -393,7 +451,7 @@ def test_a_guard_is_arranged_from_the_command_line(tmp_path):
         return subprocess.run([sys.executable, "-m", "noisec", *command], capture_output=True, text=True)
 
     assert "say what to change" in arrange().stderr
-    assert "max_queue_size = 9 goes with layout 'single'" in arrange("--max-queue-size", "9").stderr
+    assert "max_queue_size = 9 goes with layout 'single' or 'graph'" in arrange("--max-queue-size", "9").stderr
     assert "serving.instances: Input should be less than 2147483648" in arrange("--instances", "99999999999").stderr
     assert not (tmp_path / "new").exists()
     done = arrange("--layout", "single", "--input", "uint8", "--instances", "2", "--max-queue-size", "9")
@@ -406,14 +464,17 @@ def test_a_guard_is_arranged_from_the_command_line(tmp_path):
 
 def test_what_does_not_go_together_is_refused(single):
     content = spec_of(REPOSITORY).model_dump()
-    with pytest.raises(ValidationError, match="goes with layout 'fused' or 'single'"):
+    with pytest.raises(ValidationError, match="goes with layout 'fused', 'single' or 'graph'"):
         GuardSpec.model_validate({**content, "serving": {"layout": "staged", "input": "uint8"}})
     with pytest.raises(ValidationError, match="goes with runtime = 'onnxruntime'"):
         GuardSpec.model_validate({**content, "runtime": "tensorrt", "serving": {"layout": "fused", "input": "uint8"}})
-    with pytest.raises(ValidationError, match="'single' goes with runtime = 'onnxruntime'"):
-        GuardSpec.model_validate({**content, "runtime": "tensorrt", "serving": {"layout": "single"}})
+    for layout in ("single", "graph"):
+        with pytest.raises(ValidationError, match=f"'{layout}' goes with runtime = 'onnxruntime'"):
+            GuardSpec.model_validate({**content, "runtime": "tensorrt", "serving": {"layout": layout}})
+    with pytest.raises(ValidationError, match="'graph' goes without \\[memory\\]: a graph remembers nothing"):
+        GuardSpec.model_validate({**content, "memory": {}, "serving": {"layout": "graph"}})
     with pytest.raises(
-        ValidationError, match="serving.max_queue_size = 9 goes with layout 'single': a full queue .* ends Triton before 26.05"
+        ValidationError, match="serving.max_queue_size = 9 goes with layout 'single' or 'graph': a full queue .* ends Triton before 26.05"
     ):
         GuardSpec.model_validate({**content, "serving": {"layout": "fused", "max_queue_size": 9}})
     with pytest.raises(NoisecError, match="fashion_mnist cannot be changed so:\n.*'single' goes with runtime = 'onnxruntime'"):

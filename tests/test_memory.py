@@ -18,7 +18,8 @@ from noisec.builders.card import write_card
 from noisec.builders.graphs import only
 from noisec.builders.images import Splits
 from noisec.builders.layout import rearrange
-from noisec.builders.repository import read_widths, scorer_inputs, write_repository
+from noisec.builders.passes import scorer_inputs
+from noisec.builders.repository import read_widths, write_repository
 from noisec.builders.spec import DetectorSpec, GuardSpec, MemorySpec, ServingSpec
 from noisec.builders.stages import StageRunner, in_process
 from noisec.clients import GuardClient

@@ -13,7 +13,8 @@ from tritonclient.grpc import model_config_pb2
 
 from noisec import contract
 from noisec.builders.figures import percent
-from noisec.builders.repository import Widths, network_config, passes_needed
+from noisec.builders.passes import passes_needed
+from noisec.builders.repository import Widths, network_config
 from noisec.builders.spec import DetectorSpec
 from noisec.contract import stage_model
 from noisec.errors import NoisecError

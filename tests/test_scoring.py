@@ -23,7 +23,7 @@ from noisec.builders.calibrate import (
     fit_mutation,
     fit_scale,
 )
-from noisec.builders.scorergraph import scorer_graph
+from noisec.builders.scorergraph import scorer_graph, verdict_graph
 from noisec.errors import NoisecError
 from noisec.python_backend.scorer.detectors import (
     Confidence,
@@ -203,6 +203,23 @@ def test_the_threshold_is_where_the_p_value_reaches_alpha(alpha, count):
 def test_too_few_calibration_scores_are_refused():
     with pytest.raises(ValueError, match="98 calibration scores cannot promise a false-positive rate of 0.01"):
         conformal_threshold(np.arange(98, dtype=np.float32), 0.01)
+
+
+@pytest.mark.parametrize("count", [20, 99, 100, 101, 700])
+def test_a_graph_judges_as_the_scorer_does(vectors, count):
+    """At every score that a calibration image has, between them, past both ends, and where there is none."""
+    tensors = some_tensors(vectors[:1500])
+    tensors["IN_RANGE"][7], tensors["NOISE_PENULTIMATE"][8] = 0, np.nan
+    scores = graph_score(a_scorer(vectors), tensors)
+    calibration = np.sort(scores[10 : 10 + 2 * count : 2])
+    scorer = replace(a_scorer(vectors), calibration=np.sort(np.append(calibration[1:], calibration[3])))
+    session = open_session(verdict_graph(scorer).SerializeToString(), 1)
+    found = session.run(None, {name: tensors[name] for name in scorer.inputs})
+    expected = scorer.outputs(tensors, score=scores)
+    assert len(np.unique(expected["P_VALUE"])) == count, "one for each place, but that of the score that comes twice"
+    for output, rows in zip(session.get_outputs(), found, strict=True):
+        assert rows.dtype == expected[output.name].dtype
+        np.testing.assert_array_equal(rows, expected[output.name])
 
 
 @pytest.mark.parametrize("spoiled", ["NOISE_PENULTIMATE", "IMAGE_PENULTIMATE", "RECONSTRUCTION_PENULTIMATE"])

@@ -36,6 +36,12 @@ def copy(tmp_path) -> Path:
     return Path(shutil.copytree(REPOSITORY, tmp_path / "a repository"))
 
 
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """Backends in Python, each of whose instances is a process, whatever this run is to take instead."""
+    monkeypatch.delenv("NOISEC_BACKENDS", raising=False)
+
+
 def start_serving(repository):
     """The running command and its gRPC address, once it says that it is ready."""
     process = subprocess.Popen([*SERVE, str(repository)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -46,6 +52,7 @@ def start_serving(repository):
 
 
 @pytest.mark.parametrize(("number", "layout"), [(signal.SIGINT, "fused"), (signal.SIGTERM, "staged")])
+@pytest.mark.usefixtures("stand_ins")
 def test_serve_is_ready_in_ten_seconds_and_stops_without_a_trace(pixels, number, layout, tmp_path):
     rearrange(REPOSITORY, GUARD, ServingSpec(layout=layout), tmp_path)
     start = time.monotonic()
@@ -125,6 +132,7 @@ def test_a_killed_parent_leaves_no_orphans():
     assert not list(Path("/dev/shm").glob(f"noisec-{process.pid}-*"))
 
 
+@pytest.mark.usefixtures("stand_ins")
 def test_a_busy_server_that_was_killed_leaves_no_processes(pixels):
     server = EmbeddedServer(REPOSITORY).start()
     (triton,) = [child for child in psutil.Process().children() if f"--grpc-port={server.grpc_port}" in child.cmdline()]
@@ -169,6 +177,7 @@ def test_a_temporary_folder_with_spaces_is_named(tmp_path, monkeypatch):
         EmbeddedServer(REPOSITORY).start()
 
 
+@pytest.mark.usefixtures("stand_ins")
 def test_a_second_signal_does_not_cut_the_cleaning_up_short():
     process = subprocess.Popen([*SERVE, str(REPOSITORY)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while len(psutil.Process(process.pid).children(recursive=True)) < 3:  # the server and the first of its Python processes
@@ -183,6 +192,17 @@ def test_a_second_signal_does_not_cut_the_cleaning_up_short():
     assert not alive
     assert not list(Path("/dev/shm").glob(f"noisec-{process.pid}-*"))
     assert not list(Path(tempfile.gettempdir()).glob(f"noisec-server-{process.pid}-*"))
+
+
+def test_backends_of_tritons_own_take_the_place_of_the_stand_ins(tmp_path, monkeypatch):
+    own = tmp_path / "backends" / "onnxruntime" / "libtriton_onnxruntime.so"
+    monkeypatch.setenv("NOISEC_BACKENDS", str(tmp_path / "backends"))
+    with pytest.raises(NoisecError, match="no onnxruntime/libtriton_onnxruntime.so and no tensorrt/libtriton_tensorrt.so in this folder"):
+        EmbeddedServer(REPOSITORY).start()
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"no library")
+    with pytest.raises(NoisecError, match=r"unable to load shared library: .*/onnxruntime/libtriton_onnxruntime.so"):
+        EmbeddedServer(REPOSITORY).start()
 
 
 def test_a_folder_without_guards_is_refused(tmp_path):

@@ -22,7 +22,7 @@ from noisec.benchmarks.throughput.run import Plan, run_benchmark
 from noisec.benchmarks.throughput.summary import PeerFigures, Summary
 from noisec.benchmarks.throughput.target import Target
 from noisec.builders.layout import rearrange
-from noisec.builders.repository import fused_passes, passes_needed
+from noisec.builders.passes import fused_passes, passes_needed
 from noisec.builders.spec import ServingSpec
 from noisec.clients import GuardClient
 from noisec.contract import stage_model
@@ -127,8 +127,10 @@ def test_arrivals_are_a_poisson_process():
 
 def test_the_limit_computes_what_the_server_answers(target, client, pixels, tmp_path):
     served = client.classify(pixels)
-    rearrange(REPOSITORY, GUARD, ServingSpec(layout="single"), tmp_path)
-    for one in (target, Target.newest(tmp_path, GUARD)):
+    layouts = ("single", "graph")
+    for layout in layouts:
+        rearrange(REPOSITORY, GUARD, ServingSpec(layout=layout), tmp_path / layout)
+    for one in (target, *(Target.newest(tmp_path / layout, GUARD) for layout in layouts)):
         limit = computation(one, threads=1)
         verdict = limit.verdict(pixels)
         assert np.array_equal(verdict[contract.LOGITS].argmax(axis=1), served.labels)

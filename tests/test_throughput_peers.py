@@ -71,8 +71,9 @@ def test_a_peer_of_a_fused_guard_makes_no_pass_twice(computing, images, served, 
     assert seen == [len(images)], "the noise and the reconstruction are the autoencoder stage's"
 
 
-def test_a_peer_of_a_guard_in_one_process_computes_its_one_graph(images, served, tmp_path):
-    rearrange(REPOSITORY, GUARD, ServingSpec(layout="single"), tmp_path)
+@pytest.mark.parametrize("layout", ["single", "graph"])
+def test_a_peer_of_a_guard_in_one_model_computes_its_one_graph(layout, images, served, tmp_path):
+    rearrange(REPOSITORY, GUARD, ServingSpec(layout=layout), tmp_path)
     assert_same(Guard(tmp_path, GUARD)(images), served)
 
 

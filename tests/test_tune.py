@@ -47,11 +47,12 @@ def test_of_two_turns_the_slower_one_counts():
 
 def test_every_axis_leaves_out_the_present_value():
     layouts, instances, _, _, largest = axes(ServingSpec(layout="staged"), "onnxruntime", 4, 1)
-    assert layouts == [{"layout": "fused"}, {"layout": "fused", "instances": 4}, {"layout": "single", "instances": 4}]
+    assert layouts == [{"layout": "fused"}, *({"layout": layout, "instances": 4} for layout in ("fused", "single", "graph"))]
     assert instances == [{"instances": 1}, {"instances": 4}]
     assert largest == [{"max_batch_size": 16}, {"max_batch_size": 128}]
     assert axes(ServingSpec(instances=1), "tensorrt", 4, 1)[0] == [{"instances": 2}, {"instances": 4}]
-    assert axes(ServingSpec(layout="fused", instances=4), "onnxruntime", 4, 1)[0] == [{"layout": "single", "instances": 4}]
+    remembering = axes(ServingSpec(layout="fused", instances=4), "onnxruntime", 4, 1, remembers=True)
+    assert remembering[0] == [{"layout": "single", "instances": 4}], "a graph has no memory"
     assert axes(ServingSpec(), "tensorrt", 2, 1)[-1] == [{"max_batch_size": 16}], "a plan takes no larger batches"
     assert axes(ServingSpec(), "onnxruntime", 2, 32)[-1] == [{"max_batch_size": 32}, {"max_batch_size": 128}]
 
@@ -59,6 +60,7 @@ def test_every_axis_leaves_out_the_present_value():
 def test_what_has_no_effect_is_not_measured():
     delay = {"scorer_delay_microseconds": 100}
     assert without_effect(ServingSpec(layout="single"), delay)
+    assert without_effect(ServingSpec(layout="graph"), delay)
     assert not without_effect(ServingSpec(layout="single"), {"queue_delay_microseconds": 100})
     assert not without_effect(ServingSpec(layout="fused"), delay)
 
@@ -96,7 +98,7 @@ def test_a_setting_that_does_not_run_here_spoils_no_other(tmp_path, monkeypatch,
         return whole(target, serving)
 
     monkeypatch.setattr(tuning, "served", served)
-    monkeypatch.setattr(tuning, "axes", lambda *given: [[{"layout": "single"}]])
+    monkeypatch.setattr(tuning, "axes", lambda *given, remembers: [[{"layout": "single"}]])
     found = tune(REPOSITORY, GUARD, Wish("throughput", 1, 1, None), 30, tmp_path, 0.2)
     assert len(found.trials) == 1
     assert found.complete

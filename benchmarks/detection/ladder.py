@@ -24,8 +24,8 @@ from noisec.benchmarks.detection.torchscore import Whole, compose
 from noisec.builders.build import build_autoencoder, build_denoiser
 from noisec.builders.calibrate import NO_HEAD, fit_scorer
 from noisec.builders.images import Floats, Images, Splits, in_batches
+from noisec.builders.passes import passes_needed
 from noisec.builders.progress import tracked
-from noisec.builders.repository import passes_needed
 from noisec.builders.spec import GuardSpec
 from noisec.builders.stages import StageRunner, in_process, joined
 from noisec.builders.workbench import Workbench

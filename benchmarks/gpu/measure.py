@@ -18,7 +18,7 @@ from noisec.benchmarks.gpu.stages import BATCHES, GpuStage, new_stream
 from noisec.builders.calibrate import fit_scorer
 from noisec.builders.figures import Answers
 from noisec.builders.images import Floats, in_batches
-from noisec.builders.repository import own_passes, passes_needed
+from noisec.builders.passes import own_passes, passes_needed
 from noisec.builders.stages import Infer, Tensors, joined
 from noisec.builders.variants import measured
 from noisec.clients import GuardClient

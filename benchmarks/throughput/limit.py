@@ -65,15 +65,41 @@ class Staged:
         return {contract.LOGITS: tensors[contract.LOGITS], **self._scorer.outputs(tensors, self._memory)}
 
 
-def computation(target: Target, threads: int) -> Staged | Guard:
+class Whole:
+    """A guard that is one graph, in this process.
+
+    Args:
+        threads: of ONNX Runtime
+    """
+
+    def __init__(self, target: Target, threads: int) -> None:
+        self._infer = in_process({"guard": target.own_folder, "classifier": target.folder("classifier")}, threads)
+
+    def label(self, images: Images) -> Arrays:
+        """LOGITS float32 [n, classes] from the classifier alone."""
+        return self._infer("classifier", images, (contract.LOGITS,))
+
+    def verdict(self, images: Images) -> Arrays:
+        """LOGITS and the verdict, [n, ...] each."""
+        return self._infer("guard", images, contract.OUTPUTS)
+
+
+Computation = Staged | Whole | Guard
+
+
+def computation(target: Target, threads: int) -> Computation:
     """The guard's own graphs and scorer without a server; those of the ``single`` layout one after the other, too.
 
     Args:
         threads: of ONNX Runtime
     """
-    if target.spec.serving.layout == "single":
-        return Guard(target.repository / target.name / str(target.release), target.release, threads)
-    return Staged(target, threads)
+    match target.spec.serving.layout:
+        case "single":
+            return Guard(target.own_folder, target.release, threads)
+        case "graph":
+            return Whole(target, threads)
+        case _:
+            return Staged(target, threads)
 
 
 class Processes:
@@ -139,7 +165,7 @@ def fastest(speeds: Sequence[Speed], what: What, count: int) -> list[Speed]:
     return sorted((speed for speed in speeds if speed.what == what), key=lambda speed: -speed.per_second)[:count]
 
 
-_ready: tuple[Staged | Guard, Images, Barrier]
+_ready: tuple[Computation, Images, Barrier]
 """in each of the processes"""
 
 

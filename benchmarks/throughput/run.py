@@ -166,10 +166,11 @@ class Benchmark:
 
     def labels(self) -> None:
         """Label-only requests to the guard, and the same requests to the bare classifier, in many turns: they differ by little."""
-        models = [(LABELS, self.target.name), (CLASSIFIER, self.target.classifier)]
+        outputs = (contract.LOGITS,)
+        models = [(LABELS, self.target.asked(outputs)), (CLASSIFIER, self.target.classifier)]
         for batch, clients in sorted({(self.best.batch, self.best.clients), (1, MANY)}):
             for what, model in in_turns(MORE * self.plan.rounds, models):
-                traffic = Traffic(self._connect(model, (contract.LOGITS,)), batch)
+                traffic = Traffic(self._connect(model, outputs), batch)
                 found = self.load.closed([traffic], clients, self.plan.seconds)
                 self.rows.append(of_load("labels", what, found, batch, clients))
 
@@ -193,7 +194,7 @@ class Benchmark:
 
     def mixed(self) -> None:
         """Several batch sizes and choices of outputs at once."""
-        traffic = [Traffic(self._connect(self.target.name, outputs), batch, weight) for batch, outputs, weight in MIXED]
+        traffic = [Traffic(self._connect(self.target.asked(outputs), outputs), batch, weight) for batch, outputs, weight in MIXED]
         with self._observed("mixed traffic"):
             found = self.load.closed(traffic, MANY, self.plan.seconds)
         self.rows.append(of_load("mixed", GUARD, found, 0, MANY))

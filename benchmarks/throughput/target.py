@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+from noisec import contract
 from noisec.builders.datasets import SOURCES
 from noisec.builders.release import Release
 from noisec.builders.sources.faults import Faults
@@ -26,6 +28,11 @@ class Target(Release):
     def classifier(self) -> str:
         """Triton model name of the bare classifier."""
         return stage_model(self.name, "classifier")
+
+    def asked(self, outputs: Sequence[str]) -> str:
+        """Triton model that clients ask for these outputs."""
+        apart = self.spec.serving.layout == "graph" and tuple(outputs) == (contract.LOGITS,)
+        return self.classifier if apart else self.name
 
     @property
     def largest(self) -> int:

@@ -77,14 +77,20 @@ class Tuning:
     """whether the budget was enough for every axis"""
 
 
-def axes(present: ServingSpec, runtime: str, cores: int, batch: int) -> list[list[dict[str, Any]]]:
+def axes(present: ServingSpec, runtime: str, cores: int, batch: int, *, remembers: bool = False) -> list[list[dict[str, Any]]]:
     """Changes of the serving settings that are tried with requests of ``batch`` images, axis by axis; the ones that matter most first.
 
-    A guard in one process is tried with one for each core: with fewer of them it leaves cores idle. TensorRT plans stay in their layout,
-    and take no larger batches than they were compiled for.
+    A guard in one process or graph is tried with one for each core: with fewer of them it leaves cores idle. TensorRT plans stay in their
+    layout, and take no larger batches than they were compiled for.
+
+    Args:
+        remembers: whether the guard has a memory, which a graph has not
     """
     largest = present.max_batch_size
-    layouts: list[dict[str, Any]] = [{"layout": "fused"}, {"layout": "fused", "instances": cores}, {"layout": "single", "instances": cores}]
+    layouts: list[dict[str, Any]] = [
+        {"layout": "fused"},
+        *({"layout": layout, "instances": cores} for layout in ("fused", "single", *(() if remembers else ("graph",)))),
+    ]
     others: dict[str, list[int]] = {
         "instances": sorted({1, 2, cores}),
         "scorer_delay_microseconds": [0, 100, 300],
@@ -97,8 +103,8 @@ def axes(present: ServingSpec, runtime: str, cores: int, batch: int) -> list[lis
 
 
 def without_effect(serving: ServingSpec, change: Mapping[str, Any]) -> bool:
-    """Whether a change says nothing to a guard that is served so: one in a single process has no scorer stage that could wait."""
-    return serving.layout == "single" and set(change) == {"scorer_delay_microseconds"}
+    """Whether a change says nothing to a guard that is served so: one that is a single model has no scorer stage that could wait."""
+    return serving.layout in ("single", "graph") and set(change) == {"scorer_delay_microseconds"}
 
 
 def tune(repository: Path, guard: str, wish: Wish, seconds: float, cache: Path, measure_seconds: float = 1.5) -> Tuning:
@@ -117,7 +123,7 @@ def tune(repository: Path, guard: str, wish: Wish, seconds: float, cache: Path, 
     present = target.spec.serving
     if wish.batch > present.max_batch_size:
         raise NoisecError(f"--batch {wish.batch}: {guard} takes at most {present.max_batch_size} images in a request")
-    open_axes = axes(present, target.spec.runtime, CORES, wish.batch)
+    open_axes = axes(present, target.spec.runtime, CORES, wish.batch, remembers=target.spec.memory is not None)
     deadline, cost = time.monotonic() + seconds, 0.0
     steps = 1 + sum(map(len, open_axes))
     with generator(target.images(cache)) as load, served(target, present) as url, bar("tuning", steps) as shown:

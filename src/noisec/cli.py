@@ -68,6 +68,7 @@ class Layout(str, Enum):
     STAGED = "staged"
     FUSED = "fused"
     SINGLE = "single"
+    GRAPH = "graph"
 
 
 class Pixels(str, Enum):
@@ -279,10 +280,10 @@ def arrange(
     repository: Repository,
     guard: GuardName,
     out: Annotated[Path, typer.Option("--out", "-o", help="New folder for the copy.")],
-    layout: Annotated[Layout | None, typer.Option(help="A model for each stage, two network stages side by side, or one process.")] = None,
-    pixels: Annotated[Pixels | None, typer.Option("--input", help="What clients send; bytes go with fused and single.")] = None,
-    instances: Annotated[int | None, typer.Option(help="Copies of each network stage, or of the process.", min=1)] = None,
-    max_queue_size: Annotated[int | None, typer.Option(help="Requests that may wait, with single; 0 for any number.", min=0)] = None,
+    layout: Annotated[Layout | None, typer.Option(help="Each stage a model, two side by side, one process, or one graph.")] = None,
+    pixels: Annotated[Pixels | None, typer.Option("--input", help="What clients send; bytes go with all but staged.")] = None,
+    instances: Annotated[int | None, typer.Option(help="Copies of each network stage, or of the process or graph.", min=1)] = None,
+    max_queue_size: Annotated[int | None, typer.Option(help="Requests that may wait, with single or graph; 0: any number.", min=0)] = None,
 ) -> None:
     """Copy a guard's newest release with other serving settings, which `noisec tune` would find by measuring. The verdicts stay.
 

@@ -42,6 +42,9 @@ CLASSIFIER_OUTPUTS: Final = (LOGITS, PENULTIMATE)
 VERDICT: Final = (SCORE, P_VALUE, IS_MALICIOUS, RELEASE)
 OUTPUTS: Final = (LOGITS, *VERDICT)
 """What the ensemble answers."""
+LABEL_MODEL: Final = "label_model"
+"""Parameter in a guard's configuration: the Triton model that answers LOGITS alone at the classifier's own cost. Where there is none, the
+guard itself does."""
 
 Pass = Literal["noise", "image", "reconstruction", "amplified", "deeper", "hardened"]
 PASSES: Final = MappingProxyType[Pass, str](

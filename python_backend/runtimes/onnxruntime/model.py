@@ -1,7 +1,7 @@
 """Stand-in for Triton's native ``onnxruntime`` backend, for servers that carry only the Python backend.
 
 Triton looks a backend up as ``<backends>/onnxruntime/libtriton_onnxruntime.so`` and then as ``<backends>/onnxruntime/model.py``: the
-same ``config.pbtxt`` and ``model.onnx`` load with either. Each model instance is a process of its own with one compute thread.
+same ``config.pbtxt`` and ``model.onnx`` load with either. Each model instance is a process of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
         name = config.get("default_model_filename") or "model.onnx"
-        self.session = open_session(Path(args["model_repository"], args["model_version"], name), threads=1)
+        threads = config["parameters"].get("intra_op_thread_count", {"string_value": "1"})["string_value"]
+        self.session = open_session(Path(args["model_repository"], args["model_version"], name), int(threads))
         self.inputs = [entry["name"] for entry in config["input"]]
 
     def compute(self, arrays: Arrays, wanted: Sequence[str]) -> Arrays:

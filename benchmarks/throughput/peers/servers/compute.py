@@ -68,10 +68,11 @@ class Guard:
         together = repository / name / release
         if (together / "image").is_dir():  # the layout in one process, with graphs of its own
             folders |= {"autoencoder": together / "autoencoder", "classifier": together / "image"}
-        graphs = {name: together / name / "model.onnx" for name in ("autoencoder", "scorer")}
-        self._scores = open_session(graphs["scorer"], threads) if graphs["scorer"].is_file() else None
-        self._whole = open_session(graphs["autoencoder"], threads) if graphs["autoencoder"].is_file() and not self._scores else None
-        """of one graph with the scorer in it, as that layout has it where the guard asks no copies of its classifier"""
+        networks, scores, whole = (together / name for name in ("autoencoder/model.onnx", "scorer/model.onnx", "model.onnx"))
+        self._scores = open_session(scores, threads) if scores.is_file() else None
+        one = next((path for path in (whole, networks) if path.is_file()), None)
+        self._whole = open_session(one, threads) if one and not self._scores else None
+        """of one graph with the scorer in it, as that layout has it where the guard asks no copies of its classifier, or the verdict"""
         self._autoencoder = open_session(folders["autoencoder"] / "model.onnx", threads)
         self._classifier = open_session(folders["classifier"] / "model.onnx", threads)
         self._scorer = load_scorer(folders["scorer"])
@@ -93,7 +94,7 @@ class Guard:
         if self._whole:
             names = [output.name for output in self._whole.get_outputs()]
             tensors = dict(zip(names, self._whole.run(names, {"IMAGE": images}), strict=True))
-            return self._answers(tensors["LOGITS"].argmax(axis=1), tensors, tensors["SCORE"][:, 0])
+            return self._answers(tensors.pop("LOGITS").argmax(axis=1), tensors, tensors["SCORE"][:, 0])
         tensors = dict(zip(self._wanted, self._autoencoder.run(self._wanted, {"IMAGE": images}), strict=True))
         joined = np.concatenate([images, *(tensors[source] for source in self._passes.values())])
         answers = dict(zip(self._answered, self._classifier.run(self._answered, {"IMAGE": joined}), strict=True))
@@ -105,7 +106,7 @@ class Guard:
         return self._answers(labels, tensors, score)
 
     def _answers(self, labels: Array, tensors: dict[str, Array], score: Array | None) -> dict[str, Array]:
-        verdict = self._scorer.outputs(tensors, self._memory, score)
+        verdict = tensors if "IS_MALICIOUS" in tensors else self._scorer.outputs(tensors, self._memory, score)
         return dict(zip(ANSWERS, (labels, *(verdict[name][:, 0] for name in ("SCORE", "P_VALUE", "IS_MALICIOUS"))), strict=True))
 
     def together(self, requests: Sequence[npt.NDArray[np.float32]]) -> list[dict[str, Array]]:
