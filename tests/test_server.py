@@ -42,21 +42,36 @@ def stand_ins(monkeypatch):
     monkeypatch.delenv("NOISEC_BACKENDS", raising=False)
 
 
-def start_serving(repository):
-    """The running command and its gRPC address, once it says that it is ready."""
-    process = subprocess.Popen([*SERVE, str(repository)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+@pytest.fixture
+def launch():
+    """Starts the command for a repository; what a failed test leaves of it ends with the test."""
+    launched = []
+
+    def start(repository):
+        launched.append(subprocess.Popen([*SERVE, str(repository)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        return launched[-1]
+
+    yield start
+    for process in launched:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def ready(process):
+    """Its gRPC address, once it says that it is ready."""
     line = process.stdout.readline()
     match = re.search(r"gRPC (\S+),", line)
     assert match, line + process.stdout.read()
-    return process, match[1]
+    return match[1]
 
 
 @pytest.mark.parametrize(("number", "layout"), [(signal.SIGINT, "fused"), (signal.SIGTERM, "staged")])
 @pytest.mark.usefixtures("stand_ins")
-def test_serve_is_ready_in_ten_seconds_and_stops_without_a_trace(pixels, number, layout, tmp_path):
+def test_serve_is_ready_in_ten_seconds_and_stops_without_a_trace(launch, pixels, number, layout, tmp_path):
     rearrange(REPOSITORY, GUARD, ServingSpec(layout=layout), tmp_path)
     start = time.monotonic()
-    process, url = start_serving(tmp_path)
+    process = launch(tmp_path)
+    url = ready(process)
     assert time.monotonic() - start < 10
     with GuardClient(url, GUARD) as client:
         assert len(client.classify(pixels[:3])) == 3
@@ -74,8 +89,8 @@ def test_serve_is_ready_in_ten_seconds_and_stops_without_a_trace(pixels, number,
 
 
 @pytest.mark.parametrize("seconds", [0, 0.005, 0.1])
-def test_serve_stops_without_a_trace_while_it_loads(seconds):
-    process = subprocess.Popen([*SERVE, str(REPOSITORY)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def test_serve_stops_without_a_trace_while_it_loads(launch, seconds):
+    process = launch(REPOSITORY)
     while not (children := psutil.Process(process.pid).children(recursive=True)):
         time.sleep(0.0005)
     time.sleep(seconds)
@@ -120,8 +135,9 @@ def test_what_another_users_dead_server_left_stops_nobody(monkeypatch):
         left.unlink(missing_ok=True)
 
 
-def test_a_killed_parent_leaves_no_orphans():
-    process, _ = start_serving(REPOSITORY)
+def test_a_killed_parent_leaves_no_orphans(launch):
+    process = launch(REPOSITORY)
+    ready(process)
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
@@ -178,8 +194,8 @@ def test_a_temporary_folder_with_spaces_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("stand_ins")
-def test_a_second_signal_does_not_cut_the_cleaning_up_short():
-    process = subprocess.Popen([*SERVE, str(REPOSITORY)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def test_a_second_signal_does_not_cut_the_cleaning_up_short(launch):
+    process = launch(REPOSITORY)
     while len(psutil.Process(process.pid).children(recursive=True)) < 3:  # the server and the first of its Python processes
         assert process.poll() is None
         time.sleep(0.001)

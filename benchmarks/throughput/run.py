@@ -42,7 +42,7 @@ from noisec.benchmarks.throughput.target import CORES, IMAGES, Target
 from noisec.builders.progress import console
 from noisec.clients.requests import Pixels
 from noisec.errors import NoisecError
-from noisec.python_backend.server import EmbeddedServer
+from noisec.python_backend.server import EmbeddedServer, native_backends
 
 if TYPE_CHECKING:
     from noisec.benchmarks.throughput.peers.registry import Peer
@@ -280,7 +280,7 @@ def run_benchmark(repository: Path, guard: str, plan: Plan, work: Path, out: Pat
     summary = summary_of(result.rows)
     if out:
         told = {"serving": target.spec.serving.model_dump(), "command": command, "seconds": round(time.monotonic() - start)}
-        facts = {**_facts(plan, images), **told}
+        facts = {**_facts(plan, images), **({} if url else {"networks run by": _network_runtime()}), **told}
         write_results(guard, result, summary, facts, out)
         console.print(f"{out / guard}: {len(result.rows)} measurements")
     return summary
@@ -294,6 +294,11 @@ def _serving(repository: Path, url: str | None) -> Iterator[str]:
     else:
         with EmbeddedServer(repository) as server:
             yield server.grpc_url
+
+
+def _network_runtime() -> str:
+    """What the embedded server runs ONNX models with."""
+    return "Triton's own ONNX Runtime backend" if "onnxruntime" in native_backends() else "the stand-in for Triton's ONNX Runtime backend"
 
 
 def _facts(plan: Plan, images: Pixels) -> dict[str, Any]:
