@@ -116,11 +116,17 @@ def read_answer(result: Any, outputs: tuple[str, ...]) -> Verdicts:
     """A Triton result as verdicts.
 
     Raises:
-        NoisecError: a requested output is missing. Nothing is ever filled in: a missing verdict is not a benign one.
+        NoisecError: a requested output is missing or empty. Nothing is ever filled in: a missing verdict is not a benign one.
     """
     arrays: dict[str, npt.NDArray[Any]] = {}
     for name in outputs:
-        array = result.as_numpy(name)
+        try:
+            array = result.as_numpy(name)
+        except ValueError as error:  # fewer values than its shape says
+            raise NoisecError(
+                f"the server answered {name} without its values ({error}): the Python backend of Triton 24.10 needs NumPy below 2 in the "
+                "Python that it finds"
+            ) from error
         if array is None:
             raise NoisecError(f"the server answered without {name}, which was asked for; is its response cache on? It has to be off")
         arrays[name] = array if name == contract.LOGITS else array[:, 0]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
 from conftest import GUARD, REPOSITORY, images_answered
+from tritonclient.grpc import service_pb2
 
 from noisec import contract
 from noisec.builders.images import in_batches
@@ -98,6 +99,16 @@ def test_a_client_that_gets_no_verdict_raises(pixels):
 
     with pytest.raises(NoisecError, match="answered without IS_MALICIOUS"):
         read_answer(WithoutVerdict(), contract.OUTPUTS)
+
+
+def test_a_verdict_without_values_is_none():
+    """As Triton 24.10's Python backend makes them where it finds NumPy 2."""
+    answer = service_pb2.ModelInferResponse(model_name=GUARD)
+    for name, values in ((contract.LOGITS, np.zeros(10, np.float32).tobytes()), (contract.SCORE, b"")):
+        answer.outputs.add(name=name, datatype="FP32", shape=[1, len(values) // 4 or 1])
+        answer.raw_output_contents.append(values)
+    with pytest.raises(NoisecError, match="answered SCORE without its values .*: the Python backend of Triton 24.10 needs NumPy below 2"):
+        read_answer(triton_grpc.InferResult(answer), (contract.LOGITS, contract.SCORE))
 
 
 def test_unknown_guards_and_stages_are_refused(server):

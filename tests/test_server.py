@@ -26,7 +26,17 @@ from noisec.clients import GuardClient
 from noisec.contract import stage_model
 from noisec.errors import NoisecError
 from noisec.manifest import verify
-from noisec.python_backend.server import EmbeddedServer, _remove_abandoned
+from noisec.python_backend.server import (
+    EmbeddedServer,
+    _assemble_backends,
+    _Config,
+    _ports,
+    _remove_abandoned,
+    _Server,
+    _wait_for,
+    get_libs_path,
+    get_root_module_path,
+)
 
 SERVE = [sys.executable, "-m", "noisec", "serve", "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
 
@@ -330,6 +340,28 @@ def test_a_scorer_that_expects_other_tensors_is_refused(copy):
     ensemble.write_text(re.sub(r'key: "NOISE_PENULTIMATE"', 'key: "OTHER_PENULTIMATE"', ensemble.read_text()))
     with pytest.raises(NoisecError, match="scorer.npz needs"):
         EmbeddedServer(copy, check=False).start()
+
+
+def test_tritons_own_defaults_serve_the_repository(tmp_path, client, pixels):
+    """Without the embedded server's flags, as in a container: Triton completes configurations there, for one."""
+    shutil.copytree(REPOSITORY, tmp_path / "models")
+    _assemble_backends(tmp_path / "backends")
+    ports = dict(zip(("grpc", "http", "metrics"), _ports("127.0.0.1", 0, 0, 0), strict=True))
+    config = _Config()
+    config.update_config({"model-repository": tmp_path / "models", "backend-directory": tmp_path / "backends"})
+    config.update_config({f"{protocol}-address": "127.0.0.1" for protocol in ports})
+    config.update_config({f"{protocol}-port": port for protocol, port in ports.items()})
+    binary = get_root_module_path() / "tritonserver" / "bin" / "tritonserver"
+    server = _Server(path=binary, libs_path=get_libs_path(), config=config, verbose=False)
+    server.start()
+    try:
+        _wait_for(lambda: "Started GRPCInferenceService" in server.logs() or not server.is_alive(), 30)
+        with GuardClient(f"127.0.0.1:{ports['grpc']}", GUARD) as defaults:
+            found, expected = defaults.classify(pixels), client.classify(pixels)
+    finally:
+        server.stop()
+    np.testing.assert_array_equal(found.is_malicious, expected.is_malicious)
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-3, atol=1e-3)
 
 
 def test_two_servers_run_side_by_side(server, pixels):

@@ -178,7 +178,7 @@ def test_the_servers_processes_are_seen(server):
     with GuardClient(server.grpc_url, GUARD) as client:
         client.classify(np.full((200, 1, 28, 28), 0.5, np.float32))
     after = statistics.usage(own)
-    assert len(own) >= 4
+    assert len(own) >= 2, "the server, and a process of its Python backend"
     assert after.cpu_seconds > before.cpu_seconds
     assert 20 < after.memory_mb < 10_000
 

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 HOW = """*Limit*: the same ONNX files and the same scorer without a server, every pass of the ensemble, at the best number of processes,
 threads and batch size. *Served*: the guard's whole answer over gRPC, real images, on the same machine as its load. "perf_analyzer" and
 "own load" name the load generator; perf_analyzer always asks for every output. Open loops draw Poisson arrivals; a latency counts
-from sending, in the soak from the arrival. Figures are medians over rounds in which what is compared takes turns."""
+from sending, in the soak from the arrival. Figures are medians over rounds in which what is compared takes turns.
+Labels alone are asked of the model that clients ask for them: of a guard that is one graph, the classifier stage itself."""
 GOALS = {"cifar10_resnet20": (0.95, 0.80)}
 """guard -> share of the limit that is wanted of it at saturation, and with single images from 16 clients"""
 USUAL_GOALS = (0.80, 0.60)
