@@ -135,10 +135,13 @@ def with_image_pass(fused: ModelProto) -> ModelProto:
 
 
 def beside(autoencoder: ModelProto, image: ModelProto) -> ModelProto:
-    """Two graphs of IMAGE as one.
+    """Two graphs of IMAGE as one, with the outputs of both.
 
     Args:
-        image: answers LOGITS, PENULTIMATE, which gets the scorer's name for it, and passes of the classifier's copies
+        image: answers LOGITS and PENULTIMATE, which gets the scorer's name for it, too, and maybe passes of the classifier's copies
+
+    Raises:
+        NoisecError: they do not hold together.
     """
     first, second = _same_opset(autoencoder, image)
     second = _prefixed(second, "image/")

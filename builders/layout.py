@@ -57,7 +57,7 @@ def arrange(spec: GuardSpec, plain: Mapping[Stage, Path], stage: Stage, folder: 
 def fuse(autoencoder: ModelProto, classifier: ModelProto, spec: GuardSpec) -> ModelProto:
     """The autoencoder stage with the classifier behind it: one pass over the noise and the reconstruction, one below the other.
 
-    The outputs are the autoencoder stage's own and the penultimate activations of :func:`noisec.builders.repository.fused_passes`.
+    The outputs are the autoencoder stage's own and the penultimate activations of :func:`noisec.builders.passes.fused_passes`.
     """
     passes = fused_passes(spec)
     sources = {"noise": spec.noise_source, "reconstruction": contract.RECONSTRUCTION}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +112,9 @@ def _for_tensorrt(spec: GuardSpec, widths: Widths, plans: Mapping[str, str]) -> 
 
 
 def scorer_config(spec: GuardSpec, widths: Widths) -> triton.ModelConfig:
-    """Configuration of the scorer stage."""
+    """Configuration of the scorer stage; of one that is the whole guard in one graph, where the layout says so."""
+    if spec.serving.layout == "graph":
+        return _graph_config(spec, widths)
     features = [_tensor(name, (widths.features,)) for name in scorer_inputs(spec)]
     return triton.ModelConfig(
         name=stage_model(spec.name, "scorer"),
@@ -126,6 +128,26 @@ def scorer_config(spec: GuardSpec, widths: Widths) -> triton.ModelConfig:
     )
 
 
+def _graph_config(spec: GuardSpec, widths: Widths) -> triton.ModelConfig:
+    config = _for_onnxruntime()
+    config.MergeFrom(
+        triton.ModelConfig(
+            name=stage_model(spec.name, "scorer"),
+            max_batch_size=spec.serving.max_batch_size,
+            input=[_image(spec, widths)],
+            output=_answers(widths),
+            dynamic_batching=_batching(spec),
+            instance_group=[{"count": spec.serving.instances, "kind": triton.ModelInstanceGroup.KIND_CPU}],
+        )
+    )
+    return config
+
+
+def _answers(widths: Widths) -> list[dict[str, object]]:
+    """What a guard answers."""
+    return [_tensor(contract.LOGITS, (widths.classes,)), *_verdict()]
+
+
 def _verdict() -> list[dict[str, object]]:
     kinds = {contract.IS_MALICIOUS: "TYPE_BOOL", contract.RELEASE: "TYPE_INT32"}
     return [_tensor(name, (1,), kinds.get(name, "TYPE_FP32")) for name in contract.VERDICT]
@@ -134,27 +156,25 @@ def _verdict() -> list[dict[str, object]]:
 def guard_config(spec: GuardSpec, widths: Widths, class_names: tuple[str, ...]) -> triton.ModelConfig:
     """Configuration of the guard itself: an ensemble of its stages, or one model that does without them.
 
-    One graph makes all that it makes for every request: clients that want only labels are told to ask the classifier stage.
+    One graph makes all that it makes for every request: clients that want only labels are told to ask the classifier stage. Its ensemble of
+    one step is for requests that claim to be empty batches: Triton's own ONNX Runtime backend fails those that it joins with one.
     """
     config = triton.ModelConfig(
         name=spec.name,
         max_batch_size=spec.serving.max_batch_size,
         input=[_image(spec, widths)],
-        output=[_tensor(contract.LOGITS, (widths.classes,)), *_verdict()],
+        output=_answers(widths),
         parameters={"class_names": {"string_value": "\n".join(class_names)}},
     )
-    if spec.serving.layout in ("staged", "fused"):
-        config.platform = "ensemble"
-        config.ensemble_scheduling.step.extend(ensemble_steps(spec))
-        return config
-    config.dynamic_batching.CopyFrom(_batching(spec))
     if spec.serving.layout == "single":
         config.backend, config.default_model_filename = "python", "single.py"
+        config.dynamic_batching.CopyFrom(_batching(spec))
         config.instance_group.add(count=spec.serving.instances, kind=triton.ModelInstanceGroup.KIND_CPU)
-    else:
-        config.MergeFrom(_for_onnxruntime())
+        return config
+    config.platform = "ensemble"
+    config.ensemble_scheduling.step.extend(ensemble_steps(spec))
+    if spec.serving.layout == "graph":
         config.parameters[contract.LABEL_MODEL].string_value = stage_model(spec.name, "classifier")
-        config.instance_group.add(count=spec.serving.instances, kind=triton.ModelInstanceGroup.KIND_AUTO)
     return config
 
 
@@ -162,6 +182,9 @@ def ensemble_steps(spec: GuardSpec) -> list[triton.ModelEnsembling.Step]:
     """The steps of the ensemble. Every output is a leaf, and every step is pinned to the release."""
     step = triton.ModelEnsembling.Step
     autoencoder, classifier, scorer = (stage_model(spec.name, stage) for stage in contract.STAGES)
+    if spec.serving.layout == "graph":
+        answers = {name: name for name in contract.OUTPUTS}
+        return [step(model_name=scorer, model_version=spec.release, input_map={contract.IMAGE: contract.IMAGE}, output_map=answers)]
     views = scorer_inputs(spec)
     source = {"image": contract.IMAGE, "noise": spec.noise_source, "reconstruction": contract.RECONSTRUCTION}
     own = own_passes(spec)
@@ -218,15 +241,13 @@ def write_repository(
                 config = scorer_config(spec, widths) if stage == "scorer" else network_config(spec, stage, widths, plans)
                 config.version_policy.CopyFrom(served_versions(repository / config.name, config, spec.release))
                 folder = _new_version(new, config, spec.release)
-                for path in _stage_files(stages, stage):
-                    shutil.copyfile(path, folder / path.name)
                 if stage == "scorer":
-                    scorer.save(folder / "scorer.npz")
+                    _write_scorer(folder, spec, stages, scorer)
+                else:
+                    _copy(_network_files(stages[stage]), folder)
             folder = _new_version(new, guard_config(spec, widths, class_names), spec.release)
             if spec.serving.layout == "single":
                 _write_single(folder, spec, stages, scorer)
-            elif spec.serving.layout == "graph":
-                save_model(guard_graph(spec, stages, scorer), folder)
             manifest_path(repository, spec.name, spec.release).unlink(missing_ok=True)
             for model in sorted(new.iterdir()):
                 _put_in_place(model, repository / model.name, Path(place, "former"))
@@ -238,10 +259,18 @@ def write_repository(
         raise
 
 
+def _write_scorer(folder: Path, spec: GuardSpec, stages: Mapping[str, Path], scorer: scoring.Scorer) -> None:
+    """What the scorer stage runs: its code and arrays, or one graph of the whole guard, beside the arrays that it was made of."""
+    scorer.save(folder / "scorer.npz")
+    if spec.serving.layout == "graph":
+        save_model(guard_graph(spec, stages, scorer), folder)
+    else:
+        _copy(SCORER_FILES, folder)
+
+
 def _write_single(folder: Path, spec: GuardSpec, stages: Mapping[str, Path], scorer: scoring.Scorer) -> None:
     """What a guard in one process runs: its code and its scorer, and below it the networks' graphs and the scorer's."""
-    for path in GUARD_FILES:
-        shutil.copyfile(path, folder / path.name)
+    _copy(GUARD_FILES, folder)
     scorer.save(folder / "scorer.npz")
     arranged = process_graphs(spec, stages, scorer)
     for name in {*stages, *arranged}:
@@ -249,12 +278,17 @@ def _write_single(folder: Path, spec: GuardSpec, stages: Mapping[str, Path], sco
     for name, graph in arranged.items():
         save_model(graph, folder / name)
     for stage in stages.keys() - arranged:
-        for path in _stage_files(stages, stage):
-            shutil.copyfile(path, folder / stage / path.name)
+        _copy(_network_files(stages[stage]), folder / stage)
 
 
-def _stage_files(stages: Mapping[str, Path], stage: str) -> Sequence[Path]:
-    return SCORER_FILES if stage == "scorer" else sorted(stages[stage].glob("model*"))
+def _copy(files: Iterable[Path], folder: Path) -> None:
+    for path in files:
+        shutil.copyfile(path, folder / path.name)
+
+
+def _network_files(folder: Path) -> list[Path]:
+    """A network stage's graph, and its external data and plans where it has any."""
+    return sorted(folder.glob("model*"))
 
 
 def served_versions(model: Path, config: triton.ModelConfig, release: int) -> triton.ModelVersionPolicy:

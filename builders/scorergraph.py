@@ -283,12 +283,11 @@ def scorer_graph(scorer: Scorer) -> ModelProto:
 def verdict_graph(scorer: Scorer) -> ModelProto:
     """The graph that gives the scorer's outputs, [n, 1] each, of its inputs.
 
-    Args:
-        scorer: without a memory, which a graph does not have
-
     Raises:
-        NoisecError: a detector is of a kind that has no formula here.
+        NoisecError: a detector is of a kind that has no formula here, or the scorer has a memory.
     """
+    if scorer.repeats:
+        raise NoisecError("a scorer with a memory has no graph that gives its verdict; serve the guard single or fused")
     rows = Rows(scorer)
     _judge(rows.add, scorer, _score(rows, scorer))
     return _model(rows, scorer, VERDICT_KINDS)

@@ -294,8 +294,8 @@ class ServingSpec(Section):
     image's pass stays a stage of its own, for requests that want only the label. ``staged``: the classifier stage makes every pass; clients
     that give up can end a Triton before 26.05 that serves it. ``single``: the guard is no ensemble but one model that does all of it in one
     process, on the CPU, with one compute thread (an image alone takes a second): give it an instance for each core; its stages stay in the
-    repository as models of their own. ``graph``: so do they, but the guard is one ONNX graph, verdict included, which Triton's own ONNX
-    Runtime backend runs without any Python: the fastest; requests that want only the label go to the classifier stage"""
+    repository as models of their own. ``graph``: the scorer stage is one ONNX graph of everything, on the CPU, which Triton's own
+    ONNX Runtime backend runs without any Python; requests that want only the label go to the classifier stage"""
     input: Literal["float32", "uint8"] = "float32"
     """what clients send as IMAGE: floats in [0, 1], or bytes, which the graphs divide by 255; a quarter of the traffic"""
     max_batch_size: Count = 64
@@ -307,6 +307,11 @@ class ServingSpec(Section):
     """copies of each network stage, or of a guard in one process or graph, on each GPU or on the CPU, where each has one compute thread"""
     max_queue_size: CountOrNone = 0
     """requests that may wait for a guard in one process or graph; more are refused at once. 0: any number"""
+
+    @property
+    def is_one_model(self) -> bool:
+        """Whether one model makes everything, instead of stages that wait for each other."""
+        return self.layout in ("single", "graph")
 
 
 class GuardSpec(Section):
@@ -382,7 +387,7 @@ class GuardSpec(Section):
 
     @model_validator(mode="after")
     def _one_model_without_plans(self) -> GuardSpec:
-        if self.serving.layout in ("single", "graph") and self.runtime != "onnxruntime":
+        if self.serving.is_one_model and self.runtime != "onnxruntime":
             raise ValueError(
                 f"serving.layout = {self.serving.layout!r} goes with runtime = 'onnxruntime'; TensorRT stages are staged or fused"
             )
@@ -396,7 +401,7 @@ class GuardSpec(Section):
 
     @model_validator(mode="after")
     def _no_stage_refuses_requests(self) -> GuardSpec:
-        if self.serving.max_queue_size and self.serving.layout not in ("single", "graph"):
+        if self.serving.max_queue_size and not self.serving.is_one_model:
             raise ValueError(
                 f"serving.max_queue_size = {self.serving.max_queue_size} goes with layout 'single' or 'graph': a full queue of an "
                 "ensemble's stage ends Triton before 26.05 (docs/known-issues.md)"

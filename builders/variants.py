@@ -124,7 +124,7 @@ def lowered(spec: GuardSpec, exact: dict[Stage, Path], stage: Stage, precision: 
 
 def laid_out(spec: GuardSpec, plain: dict[Stage, Path], stage: Stage, bench: Workbench) -> Path:
     """Folder of one stage in the layout, and with the input, that serve."""
-    layout = "fused" if fused_passes(spec) else "staged"  # a guard in one process runs the same graphs
+    layout = "fused" if fused_passes(spec) else "staged"  # a guard that is one model is made of the same graphs
     serving = {"layout": layout, "input": spec.serving.input, "passes": fused_passes(spec), "noise": spec.noise_source}
     inputs = {**{str(one): folder.name for one, folder in plain.items()}, **serving}
     return bench.step(f"{stage}-{layout}", inputs, lambda folder: arrange(spec, plain, stage, folder))

@@ -16,8 +16,6 @@ from noisec import contract
 from noisec.clients.results import Verdicts
 from noisec.errors import NoisecError
 
-SETTINGS = ("class_names", contract.LABEL_MODEL)
-"""parameters of a guard's configuration"""
 Pixels = npt.NDArray[np.float32 | np.uint8]
 """float32 in [0, 1], or uint8 for a guard that takes bytes"""
 
@@ -50,7 +48,7 @@ class GuardInterface:
                 f"{guard!r} is not a guard: its inputs are {sorted(inputs)}, and of a guard's outputs it lacks {sorted(missing)}"
             )
         channels, height, width = inputs[contract.IMAGE]
-        names, label_model = (config.parameters[key].string_value if key in config.parameters else "" for key in SETTINGS)
+        names, label_model = (_parameter(config, key) for key in ("class_names", contract.LABEL_MODEL))
         takes_bytes = config.input[0].data_type == model_config_pb2.TYPE_UINT8
         classes = tuple(names.split("\n")) if names else ()
         return cls(guard, (channels, height, width), config.max_batch_size, classes, takes_bytes, label_model)
@@ -101,6 +99,11 @@ class GuardInterface:
         return (images[start : start + size] for start in range(0, len(images), size))
 
 
+def _parameter(config: Any, key: str) -> str:
+    """A parameter of a model's configuration; empty where it has none of that name."""
+    return str(config.parameters[key].string_value) if key in config.parameters else ""
+
+
 def wanted_outputs(labels_only: bool) -> tuple[str, ...]:
     return (contract.LOGITS,) if labels_only else contract.OUTPUTS
 
@@ -124,8 +127,8 @@ def read_answer(result: Any, outputs: tuple[str, ...]) -> Verdicts:
             array = result.as_numpy(name)
         except ValueError as error:  # fewer values than its shape says
             raise NoisecError(
-                f"the server answered {name} without its values ({error}): the Python backend of Triton 24.10 needs NumPy below 2 in the "
-                "Python that it finds"
+                f"the server answered {name} without its values ({error}), as the Python backend of Triton 24.10 does where it finds "
+                "NumPy 2: give it a NumPy below 2"
             ) from error
         if array is None:
             raise NoisecError(f"the server answered without {name}, which was asked for; is its response cache on? It has to be off")

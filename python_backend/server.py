@@ -18,17 +18,19 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from noisec.contract import stage_model
+from noisec.contract import LABEL_MODEL, stage_model
 from noisec.errors import NoisecError
-from noisec.manifest import UNFINISHED, guards, verify_repository
+from noisec.manifest import CONFIG, UNFINISHED, guards, verify_repository
 
 try:
     import psutil
     import tritonclient.grpc as triton_grpc
+    from google.protobuf import text_format
     from pytriton.server.python_backend_config import PythonBackendConfig
     from pytriton.server.triton_server import TritonServer
     from pytriton.server.triton_server_config import TritonServerConfig
     from pytriton.utils.distribution import get_libs_path, get_root_module_path, get_stub_path
+    from tritonclient.grpc import model_config_pb2
 except ImportError as error:
     raise NoisecError(f"the embedded server needs {error.name}: pip install 'noisec-triton[serve]'") from error
 
@@ -215,7 +217,7 @@ class EmbeddedServer:
         config["disable-auto-complete-config"] = True
         config["model-control-mode"] = self._model_control
         if self._model_control == "explicit":
-            config["load-model"] = guards(self.repository)
+            config["load-model"] = [*guards(self.repository), *label_models(self.repository)]
         for protocol, port in (("http", self.http_port), ("grpc", self.grpc_port), ("metrics", self.metrics_port)):
             config[f"{protocol}-address"] = self.host
             config[f"{protocol}-port"] = port
@@ -388,6 +390,12 @@ def _deferred_signals() -> Iterator[None]:
     finally:
         for number in caught:
             signal.raise_signal(number)
+
+
+def label_models(repository: Path) -> list[str]:
+    """The models that answer labels alone of guards that do not do so themselves; with an ensemble Triton loads its own stages only."""
+    configs = [text_format.Parse((repository / guard / CONFIG).read_text(), model_config_pb2.ModelConfig()) for guard in guards(repository)]
+    return [config.parameters[LABEL_MODEL].string_value for config in configs if LABEL_MODEL in config.parameters]
 
 
 def ended_by_the_impatient(repository: Path) -> list[str]:

@@ -232,6 +232,21 @@ def test_one_process_computes_once_what_the_images_passes_have_in_common(amplify
     assert before - layers["autoencoder"] == 3 + 1 + 3, "where they were alone, they had all layers to compute"
 
 
+@pytest.mark.parametrize("kind", ["float32", "uint8"])
+def test_one_graph_makes_the_passes_of_every_copy_once(amplifying, report, tmp_path, kind):
+    _, run, scorer, folder = amplifying
+    rearrange(folder / "repository", "staged", ServingSpec(layout="graph", input=kind), tmp_path)
+    graph, images = Release.newest(tmp_path, "staged").folder("scorer") / "model.onnx", report[:8]
+    names = (contract.SCORE, contract.IS_MALICIOUS)
+    score, malicious = open_session(graph, 1).run(names, {contract.IMAGE: images.pixels if kind == "uint8" else images.floats()})
+    expected = scorer.verdict(run.batch(images.floats()))
+    np.testing.assert_allclose(score[:, 0], expected.score, rtol=1e-3, atol=1e-3)
+    np.testing.assert_array_equal(malicious[:, 0], expected.is_malicious)
+    stage = Release.newest(tmp_path, "staged").folder("autoencoder") / "model.onnx"
+    layers = [sum(node.op_type == "Conv" for node in onnx.load(path).graph.node) for path in (graph, stage)]
+    assert layers[0] == layers[1], "the image's own layers for those that the amplified copies then share with it"
+
+
 def test_the_amplified_passes_are_differentiable_and_alone_can_raise_the_alarm(amplifying, pixels):
     _, run, scorer, folder = amplifying
     images = torch.from_numpy(pixels[:4]).requires_grad_(True)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ from tritonclient.utils import InferenceServerException
 from noisec import contract, manifest
 from noisec.builders.compiling import compile_with
 from noisec.builders.layout import fuse, rearrange
+from noisec.builders.onegraph import guard_graph
+from noisec.builders.passes import fused_passes
 from noisec.builders.release import Release
 from noisec.builders.repository import read_config
-from noisec.builders.spec import EngineOptions, GuardSpec, ServingSpec
+from noisec.builders.spec import EngineOptions, GuardSpec, ServingSpec, changed
 from noisec.builders.stages import StageRunner, in_process
 from noisec.builders.torchgraph import TorchGraph
 from noisec.clients import AsyncGuardClient, GuardClient
@@ -145,9 +148,9 @@ def test_other_layouts_are_whole_repositories_with_the_same_contract(staged, fus
         assert steps == [f"{GUARD}_autoencoder", *[f"{GUARD}_classifier"] * passes, f"{GUARD}_scorer"]
     alone = read_config(single / GUARD)
     assert (alone.platform, alone.backend, alone.instance_group[0].count) == ("", "python", 2)
-    one = read_config(graph / GUARD)
-    assert (one.platform, one.backend, one.default_model_filename) == ("", "onnxruntime", "model.onnx")
-    assert not list((graph / GUARD / "1").glob("*.py"))
+    one = read_config(graph / stage_model(GUARD, "scorer"))
+    assert (one.backend, one.default_model_filename) == ("onnxruntime", "model.onnx")
+    assert not list(graph.rglob("*.py"))
 
 
 def test_one_process_gives_the_staged_verdicts(single_server, report, staged_verdicts):
@@ -174,7 +177,7 @@ def test_one_graph_gives_the_staged_verdicts(kind, graph_server, graph_bytes, re
     # a score that differs in its last digits may pass some of the calibration images'
     np.testing.assert_allclose(found.p_values, staged_verdicts.p_values, atol=1e-3)
     assert found.releases.tolist() == [1] * 200
-    assert {name for name in after if after[name] > before[name]} == {GUARD}
+    assert {name for name in after if after[name] > before[name]} == {GUARD, stage_model(GUARD, "scorer")}
 
 
 def test_who_wants_labels_of_one_graph_asks_the_classifier(graph_server, report, staged_verdicts):
@@ -193,6 +196,21 @@ def test_who_wants_labels_of_one_graph_asks_the_classifier(graph_server, report,
     with triton_grpc.InferenceServerClient(graph_server.grpc_url) as raw:
         asked = raw.infer(GUARD, [image], outputs=[triton_grpc.InferRequestedOutput(contract.LOGITS)])
     np.testing.assert_allclose(asked.as_numpy(contract.LOGITS), labels.logits[:1], rtol=1e-4, atol=1e-4)
+
+
+def test_one_graph_of_a_guard_that_looks_at_the_image_alone(staged, pixels):
+    release = Release.newest(staged, GUARD)
+    chosen = [place for place, detector in enumerate(release.spec.detectors) if detector.view == "image"]
+    spec = changed(release.spec, detectors=[release.spec.detectors[place] for place in chosen], serving=ServingSpec(layout="graph"))
+    scorer = replace(release.scorer, detectors=tuple(release.scorer.detectors[place] for place in chosen))
+    assert len(chosen) == 2
+    assert fused_passes(spec) == ()
+    session = open_session(guard_graph(spec, release.stages, scorer).SerializeToString())
+    found = dict(zip(contract.OUTPUTS, session.run(contract.OUTPUTS, {contract.IMAGE: pixels}), strict=True))
+    tensors = tensors_of(staged, pixels)
+    np.testing.assert_allclose(found[contract.LOGITS], tensors[contract.LOGITS], rtol=1e-4, atol=1e-4)
+    for name, rows in scorer.outputs(tensors).items():
+        np.testing.assert_allclose(found[name], rows, rtol=1e-3, atol=1e-3)
 
 
 def test_an_image_alone_gets_the_same_verdict_on_two_cores(single, pixels):
@@ -287,11 +305,20 @@ def test_a_guard_in_one_process_whose_graph_lacks_a_tensor_does_not_load(single,
         EmbeddedServer(copy, check=False).start()
 
 
-def test_one_layout_in_place_of_another_is_served_after_a_refresh(fused, tmp_path, report, staged_verdicts):
+def test_labels_of_one_graph_are_answered_where_models_are_loaded_by_name(graph, report, staged_verdicts):
+    with EmbeddedServer(graph, model_control="explicit") as server, GuardClient(server.grpc_url, GUARD) as client:
+        labels = client.classify(report[:200].pixels, labels_only=True).labels
+        with triton_grpc.InferenceServerClient(server.grpc_url) as raw:
+            assert not raw.is_model_ready(stage_model(GUARD, "autoencoder")), "nothing else is loaded"
+    np.testing.assert_array_equal(labels, staged_verdicts.labels)
+
+
+@pytest.mark.parametrize("layout", ["single", "graph"])
+def test_one_layout_in_place_of_another_is_served_after_a_refresh(layout, fused, tmp_path, report, staged_verdicts):
     copy = tmp_path / "copy"
     shutil.copytree(fused, copy)
     with EmbeddedServer(copy, model_control="explicit") as server, GuardClient(server.grpc_url, GUARD) as client:
-        rearrange(copy, GUARD, ServingSpec(layout="single"), copy)
+        rearrange(copy, GUARD, ServingSpec(layout=layout), copy)
         server.refresh()
         triton_grpc.InferenceServerClient(server.grpc_url).load_model(GUARD)
         same(client.classify(report[:200].pixels), staged_verdicts)

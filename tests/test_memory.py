@@ -19,7 +19,9 @@ from noisec.builders.graphs import only
 from noisec.builders.images import Splits
 from noisec.builders.layout import rearrange
 from noisec.builders.passes import scorer_inputs
+from noisec.builders.release import Release
 from noisec.builders.repository import read_widths, write_repository
+from noisec.builders.scorergraph import verdict_graph
 from noisec.builders.spec import DetectorSpec, GuardSpec, MemorySpec, ServingSpec
 from noisec.builders.stages import StageRunner, in_process
 from noisec.clients import GuardClient
@@ -200,6 +202,11 @@ def test_a_search_around_one_image_is_flagged_and_other_images_are_not(rememberi
         np.testing.assert_allclose([step.scores[0] for step in steps], alone.scores, rtol=1e-3, atol=1e-3)
         np.testing.assert_array_equal([step.labels[0] for step in steps], alone.labels)
         np.testing.assert_array_equal(asking.classify(pixels).is_malicious, np.append(True, usual.is_malicious[1:]))  # the image too
+
+
+def test_a_graph_gives_no_verdict_of_a_scorer_with_a_memory(remembering):
+    with pytest.raises(NoisecError, match="a scorer with a memory has no graph that gives its verdict; serve the guard single or fused"):
+        verdict_graph(Release.newest(remembering.repository, GUARD).scorer)
 
 
 def test_a_guard_in_one_graph_that_hides_what_is_remembered_does_not_load(remembering, tmp_path):

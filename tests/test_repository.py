@@ -14,7 +14,7 @@ from tritonclient.grpc import model_config_pb2
 from noisec import contract
 from noisec.builders.figures import percent
 from noisec.builders.passes import passes_needed
-from noisec.builders.repository import Widths, network_config
+from noisec.builders.repository import Widths, guard_config, network_config, scorer_config
 from noisec.builders.spec import DetectorSpec
 from noisec.contract import stage_model
 from noisec.errors import NoisecError
@@ -152,6 +152,17 @@ def test_the_reconstruction_error_costs_no_classifier_pass(spec):
     assert chosen[0].inputs == (contract.NOISE_LEVEL,)
     with pytest.raises(ValueError, match="kind 'mixture' has view 'noise' or .*; view is 'pixels'"):
         DetectorSpec(kind="mixture", view="pixels")
+
+
+def test_every_onnx_instance_has_one_thread_and_a_graph_names_the_model_for_labels(spec):
+    widths = Widths((1, 28, 28), 10, 128)
+    whole = spec.model_copy(update={"serving": spec.serving.model_copy(update={"layout": "graph"})})
+    one = scorer_config(whole, widths)
+    for config in (network_config(spec, "classifier", widths), network_config(spec, "autoencoder", widths), one):
+        assert config.parameters["intra_op_thread_count"].string_value == "1"
+    assert guard_config(whole, widths, ("a", "b")).parameters[contract.LABEL_MODEL].string_value == stage_model(GUARD, "classifier")
+    assert one.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_CPU
+    assert "intra_op_thread_count" not in network_config(spec, "classifier", widths, {"9.0": "model_sm90.plan"}).parameters
 
 
 def test_instances_and_queue_are_as_the_specification_says(spec):

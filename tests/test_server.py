@@ -64,6 +64,7 @@ def launch():
     yield start
     for process in launched:
         process.terminate()
+    for process in launched:
         process.wait(timeout=30)
 
 
@@ -356,6 +357,7 @@ def test_tritons_own_defaults_serve_the_repository(tmp_path, client, pixels):
     server.start()
     try:
         _wait_for(lambda: "Started GRPCInferenceService" in server.logs() or not server.is_alive(), 30)
+        assert server.is_alive(), server.logs()
         with GuardClient(f"127.0.0.1:{ports['grpc']}", GUARD) as defaults:
             found, expected = defaults.classify(pixels), client.classify(pixels)
     finally:

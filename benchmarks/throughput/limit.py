@@ -73,7 +73,7 @@ class Whole:
     """
 
     def __init__(self, target: Target, threads: int) -> None:
-        self._infer = in_process({"guard": target.own_folder, "classifier": target.folder("classifier")}, threads)
+        self._infer = in_process({"guard": target.folder("scorer"), "classifier": target.folder("classifier")}, threads)
 
     def label(self, images: Images) -> Arrays:
         """LOGITS float32 [n, classes] from the classifier alone."""
@@ -88,7 +88,7 @@ Computation = Staged | Whole | Guard
 
 
 def computation(target: Target, threads: int) -> Computation:
-    """The guard's own graphs and scorer without a server; those of the ``single`` layout one after the other, too.
+    """What the guard computes, without a server: its one graph, or its graphs and scorer one after the other.
 
     Args:
         threads: of ONNX Runtime

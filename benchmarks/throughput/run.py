@@ -40,6 +40,7 @@ from noisec.benchmarks.throughput.rows import (
 from noisec.benchmarks.throughput.summary import Summary, summary_of
 from noisec.benchmarks.throughput.target import CORES, IMAGES, Target
 from noisec.builders.progress import console
+from noisec.builders.spec import GuardSpec
 from noisec.clients.requests import Pixels
 from noisec.errors import NoisecError
 from noisec.python_backend.server import EmbeddedServer, native_backends
@@ -280,7 +281,7 @@ def run_benchmark(repository: Path, guard: str, plan: Plan, work: Path, out: Pat
     summary = summary_of(result.rows)
     if out:
         told = {"serving": target.spec.serving.model_dump(), "command": command, "seconds": round(time.monotonic() - start)}
-        facts = {**_facts(plan, images), **({} if url else {"networks run by": _network_runtime()}), **told}
+        facts = {**_facts(plan, images), **({} if url else {"networks run by": _network_runtime(target.spec)}), **told}
         write_results(guard, result, summary, facts, out)
         console.print(f"{out / guard}: {len(result.rows)} measurements")
     return summary
@@ -296,9 +297,12 @@ def _serving(repository: Path, url: str | None) -> Iterator[str]:
             yield server.grpc_url
 
 
-def _network_runtime() -> str:
-    """What the embedded server runs ONNX models with."""
-    return "Triton's own ONNX Runtime backend" if "onnxruntime" in native_backends() else "the stand-in for Triton's ONNX Runtime backend"
+def _network_runtime(spec: GuardSpec) -> str:
+    """What the embedded server runs a guard's networks with."""
+    if spec.serving.layout == "single":
+        return "ONNX Runtime in Triton's Python backend"
+    own = spec.runtime in native_backends()
+    return f"Triton's own {spec.runtime} backend" if own else f"the stand-in for Triton's {spec.runtime} backend"
 
 
 def _facts(plan: Plan, images: Pixels) -> dict[str, Any]:

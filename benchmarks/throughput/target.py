@@ -9,6 +9,7 @@ from pathlib import Path
 from noisec import contract
 from noisec.builders.datasets import SOURCES
 from noisec.builders.release import Release
+from noisec.builders.repository import read_config
 from noisec.builders.sources.faults import Faults
 from noisec.clients.requests import Pixels
 from noisec.contract import stage_model
@@ -31,8 +32,8 @@ class Target(Release):
 
     def asked(self, outputs: Sequence[str]) -> str:
         """Triton model that clients ask for these outputs."""
-        apart = self.spec.serving.layout == "graph" and tuple(outputs) == (contract.LOGITS,)
-        return self.classifier if apart else self.name
+        apart = read_config(self.repository / self.name).parameters if tuple(outputs) == (contract.LOGITS,) else {}
+        return apart[contract.LABEL_MODEL].string_value if contract.LABEL_MODEL in apart else self.name
 
     @property
     def largest(self) -> int:

@@ -104,7 +104,7 @@ def axes(present: ServingSpec, runtime: str, cores: int, batch: int, *, remember
 
 def without_effect(serving: ServingSpec, change: Mapping[str, Any]) -> bool:
     """Whether a change says nothing to a guard that is served so: one that is a single model has no scorer stage that could wait."""
-    return serving.layout in ("single", "graph") and set(change) == {"scorer_delay_microseconds"}
+    return serving.is_one_model and set(change) == {"scorer_delay_microseconds"}
 
 
 def tune(repository: Path, guard: str, wish: Wish, seconds: float, cache: Path, measure_seconds: float = 1.5) -> Tuning:

@@ -62,8 +62,8 @@ PASSES: Final = MappingProxyType[Pass, str](
 AMPLIFIED: Final[tuple[Pass, ...]] = ("amplified", "deeper")
 """Passes of the classifier with fewer and with more of its last layers amplified."""
 COPIES: Final[tuple[Pass, ...]] = (*AMPLIFIED, "hardened")
-"""Passes of the image through changed copies of the classifier: the autoencoder stage makes them in every layout, and a guard in one
-process with the image's own pass."""
+"""Passes of the image through changed copies of the classifier: the autoencoder stage makes them in every layout, and a guard that is
+one model with the image's own pass."""
 
 View = Literal["pixels", "noise", "delta", "image", "amplified", "hardened"]
 VIEWS: Final = MappingProxyType[View, tuple[Pass, ...]](

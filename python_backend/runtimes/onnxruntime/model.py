@@ -25,7 +25,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
         name = config.get("default_model_filename") or "model.onnx"
-        threads = config["parameters"].get("intra_op_thread_count", {"string_value": "1"})["string_value"]
+        threads = config.get("parameters", {}).get("intra_op_thread_count", {"string_value": "1"})["string_value"]
         self.session = open_session(Path(args["model_repository"], args["model_version"], name), int(threads))
         self.inputs = [entry["name"] for entry in config["input"]]
 

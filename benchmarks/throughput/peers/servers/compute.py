@@ -68,11 +68,12 @@ class Guard:
         together = repository / name / release
         if (together / "image").is_dir():  # the layout in one process, with graphs of its own
             folders |= {"autoencoder": together / "autoencoder", "classifier": together / "image"}
-        networks, scores, whole = (together / name for name in ("autoencoder/model.onnx", "scorer/model.onnx", "model.onnx"))
+        scores = together / "scorer" / "model.onnx"
         self._scores = open_session(scores, threads) if scores.is_file() else None
-        one = next((path for path in (whole, networks) if path.is_file()), None)
-        self._whole = open_session(one, threads) if one and not self._scores else None
-        """of one graph with the scorer in it, as that layout has it where the guard asks no copies of its classifier, or the verdict"""
+        graphs = (folders["scorer"] / "model.onnx", together / "autoencoder" / "model.onnx")
+        whole = [] if self._scores else [path for path in graphs if path.is_file()]
+        self._whole = open_session(whole[0], threads) if whole else None
+        """of one graph that makes the verdict, or the score, as a guard in one process has it that asks no copies of its classifier"""
         self._autoencoder = open_session(folders["autoencoder"] / "model.onnx", threads)
         self._classifier = open_session(folders["classifier"] / "model.onnx", threads)
         self._scorer = load_scorer(folders["scorer"])
@@ -94,7 +95,7 @@ class Guard:
         if self._whole:
             names = [output.name for output in self._whole.get_outputs()]
             tensors = dict(zip(names, self._whole.run(names, {"IMAGE": images}), strict=True))
-            return self._answers(tensors.pop("LOGITS").argmax(axis=1), tensors, tensors["SCORE"][:, 0])
+            return self._answers(tensors["LOGITS"].argmax(axis=1), tensors, tensors["SCORE"][:, 0])
         tensors = dict(zip(self._wanted, self._autoencoder.run(self._wanted, {"IMAGE": images}), strict=True))
         joined = np.concatenate([images, *(tensors[source] for source in self._passes.values())])
         answers = dict(zip(self._answered, self._classifier.run(self._answered, {"IMAGE": joined}), strict=True))
