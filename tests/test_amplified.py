@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from noisec import contract, manifest
-from noisec.benchmarks.throughput.peers.servers.compute import Guard as PeerGuard
+from noisec.benchmarks.throughput.peers.servers.compute import open_guard
 from noisec.builders.amplified import AMPLIFICATION, DEEPER, amplifiable, amplified, amplify, chosen_depths, with_amplified_passes
 from noisec.builders.calibrate import fit_scorer
 from noisec.builders.copies import with_copies
@@ -197,7 +197,7 @@ def test_every_layout_gives_the_verdicts_of_the_scorer_that_was_fitted(amplifyin
             found = client.classify(report[:200].pixels)
         np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-3, atol=1e-3)
         np.testing.assert_array_equal(found.is_malicious, expected.is_malicious)
-        elsewhere = PeerGuard(folder / "repository", name)(report[:200].floats())
+        elsewhere = open_guard(folder / "repository", name)(report[:200].floats())
         np.testing.assert_allclose(elsewhere["score"], expected.scores, rtol=1e-3, atol=1e-3)
     fused = Release.newest(folder / "fused", "staged")
     again = ask_guard(StageRunner.of(fused.spec, in_process(fused.stages, 1)), scorer, iter([report[:200].floats()]), 200, "fused")

@@ -19,7 +19,7 @@ from noisec.benchmarks.throughput.peers import registry
 from noisec.benchmarks.throughput.peers.environments import STAMP, prepare
 from noisec.benchmarks.throughput.peers.registry import LITSERVE, PEERS, PYTRITON, describe_classifier
 from noisec.benchmarks.throughput.peers.running import check, running
-from noisec.benchmarks.throughput.peers.servers.compute import ANSWERS, Guard, columns, encode
+from noisec.benchmarks.throughput.peers.servers.compute import ANSWERS, columns, encode, open_guard
 from noisec.builders.layout import rearrange
 from noisec.builders.spec import ServingSpec
 from noisec.errors import NoisecError
@@ -40,7 +40,7 @@ def images(pixels):
 @pytest.fixture(scope="module")
 def computing():
     before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    yield Guard(REPOSITORY, GUARD)
+    yield open_guard(REPOSITORY, GUARD)
     sys.dont_write_bytecode = before
 
 
@@ -64,7 +64,7 @@ def test_what_every_peer_computes_is_what_this_server_answers(computing, images,
 
 def test_a_peer_of_a_fused_guard_makes_no_pass_twice(computing, images, served, tmp_path):
     rearrange(REPOSITORY, GUARD, ServingSpec(layout="fused"), tmp_path)
-    fused, seen = Guard(tmp_path, GUARD), []
+    fused, seen = open_guard(tmp_path, GUARD), []
     run = fused._classifier.run
     fused._classifier = SimpleNamespace(run=lambda outputs, inputs: seen.append(len(inputs["IMAGE"])) or run(outputs, inputs))
     assert_same(fused(images), served)
@@ -74,7 +74,7 @@ def test_a_peer_of_a_fused_guard_makes_no_pass_twice(computing, images, served, 
 @pytest.mark.parametrize("layout", ["single", "graph"])
 def test_a_peer_of_a_guard_in_one_model_computes_its_one_graph(layout, images, served, tmp_path):
     rearrange(REPOSITORY, GUARD, ServingSpec(layout=layout), tmp_path)
-    assert_same(Guard(tmp_path, GUARD)(images), served)
+    assert_same(open_guard(tmp_path, GUARD)(images), served)
 
 
 def test_requests_joined_by_a_peer_keep_their_own_answers(computing, images, served):

@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import sys
+from abc import ABC, abstractmethod
 from base64 import b64decode, b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import numpy.typing as npt
 import onnxruntime
 
 Array = npt.NDArray[Any]
+TENSORS = ("SCORE", "P_VALUE", "IS_MALICIOUS")
 ANSWERS = ("label", "score", "p_value", "is_malicious")
 """int64, float32, float32 and bool, [n] each"""
 VARIABLE = "NOISEC_PEER"
@@ -49,11 +51,11 @@ class Task:
     def read(cls) -> Task:
         return cls(**json.loads(os.environ[VARIABLE]))
 
-    def load(self) -> Guard:
-        return Guard(Path(self.repository), self.guard, self.threads)
+    def load(self) -> Computation:
+        return open_guard(Path(self.repository), self.guard, self.threads)
 
 
-class Guard:
+def open_guard(repository: Path, name: str, threads: int = 1) -> Computation:
     """The newest release of a guard, in this process.
 
     Args:
@@ -61,19 +63,55 @@ class Guard:
         name: the guard's
         threads: compute threads of ONNX Runtime
     """
+    release = max((path.name for path in (repository / name).iterdir() if path.name.isdigit()), key=int)
+    whole = repository / f"{name}_scorer" / release / "model.onnx"
+    return Graph(whole, threads) if whole.is_file() else Guard(repository, name, release, threads)
 
-    def __init__(self, repository: Path, name: str, threads: int = 1) -> None:
-        release = max((path.name for path in (repository / name).iterdir() if path.name.isdigit()), key=int)
+
+class Computation(ABC):
+    """A guard in this process."""
+
+    shape: tuple[int, int, int]
+
+    @abstractmethod
+    def __call__(self, images: npt.NDArray[np.float32]) -> dict[str, Array]:
+        """``ANSWERS``, [n] each, from float32 [n, C, H, W]"""
+
+    def together(self, requests: Sequence[npt.NDArray[np.float32]]) -> list[dict[str, Array]]:
+        """One answer for each request, computed as one batch."""
+        answers = self(np.concatenate(requests) if len(requests) > 1 else requests[0])
+        edges = np.cumsum([0, *map(len, requests)])
+        return [{name: rows[start:stop] for name, rows in answers.items()} for start, stop in pairwise(edges)]
+
+    def decode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """float32 [n, C, H, W] from each image's bytes in base64"""
+        return np.frombuffer(b"".join(map(b64decode, texts)), np.float32).reshape(-1, *self.shape)
+
+
+class Graph(Computation):
+    """A guard that is one graph, verdict included."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        self._session = open_session(path, threads)
+        self.shape = tuple(self._session.get_inputs()[0].shape[1:])
+
+    def __call__(self, images: npt.NDArray[np.float32]) -> dict[str, Array]:
+        logits, *verdict = self._session.run(["LOGITS", *TENSORS], {"IMAGE": images})
+        return dict(zip(ANSWERS, (logits.argmax(axis=1), *(rows[:, 0] for rows in verdict)), strict=True))
+
+
+class Guard(Computation):
+    """A guard of several graphs and a scorer."""
+
+    def __init__(self, repository: Path, name: str, release: str, threads: int = 1) -> None:
         folders = {stage: repository / f"{name}_{stage}" / release for stage in ("autoencoder", "classifier", "scorer")}
         together = repository / name / release
         if (together / "image").is_dir():  # the layout in one process, with graphs of its own
             folders |= {"autoencoder": together / "autoencoder", "classifier": together / "image"}
-        scores = together / "scorer" / "model.onnx"
-        self._scores = open_session(scores, threads) if scores.is_file() else None
-        graphs = (folders["scorer"] / "model.onnx", together / "autoencoder" / "model.onnx")
-        whole = [] if self._scores else [path for path in graphs if path.is_file()]
-        self._whole = open_session(whole[0], threads) if whole else None
-        """of one graph that makes the verdict, or the score, as a guard in one process has it that asks no copies of its classifier"""
+        graphs = {name: together / name / "model.onnx" for name in ("autoencoder", "scorer")}
+        self._scores = open_session(graphs["scorer"], threads) if graphs["scorer"].is_file() else None
+        self._whole = open_session(graphs["autoencoder"], threads) if graphs["autoencoder"].is_file() and not self._scores else None
+        """of one graph with the scorer in it, as that layout has it where the guard asks no copies of its classifier"""
         self._autoencoder = open_session(folders["autoencoder"] / "model.onnx", threads)
         self._classifier = open_session(folders["classifier"] / "model.onnx", threads)
         self._scorer = load_scorer(folders["scorer"])
@@ -87,7 +125,7 @@ class Guard:
         # what a fused autoencoder stage answers itself is not computed again
         self._passes = {name: source for name, source in sources.items() if name in self._scorer.inputs and name not in outputs}
         self._wanted = [*self._passes.values(), *(name for name in self._scorer.inputs if name in outputs)]
-        self.shape: tuple[int, int, int] = tuple(self._autoencoder.get_inputs()[0].shape[1:])
+        self.shape = tuple(self._autoencoder.get_inputs()[0].shape[1:])
 
     def __call__(self, images: npt.NDArray[np.float32]) -> dict[str, Array]:
         """``ANSWERS``, [n] each, from float32 [n, C, H, W]: one call of the autoencoder, one of the classifier for all its passes; or one
@@ -107,18 +145,8 @@ class Guard:
         return self._answers(labels, tensors, score)
 
     def _answers(self, labels: Array, tensors: dict[str, Array], score: Array | None) -> dict[str, Array]:
-        verdict = tensors if "IS_MALICIOUS" in tensors else self._scorer.outputs(tensors, self._memory, score)
-        return dict(zip(ANSWERS, (labels, *(verdict[name][:, 0] for name in ("SCORE", "P_VALUE", "IS_MALICIOUS"))), strict=True))
-
-    def together(self, requests: Sequence[npt.NDArray[np.float32]]) -> list[dict[str, Array]]:
-        """One answer for each request, computed as one batch."""
-        answers = self(np.concatenate(requests) if len(requests) > 1 else requests[0])
-        edges = np.cumsum([0, *map(len, requests)])
-        return [{name: rows[start:stop] for name, rows in answers.items()} for start, stop in pairwise(edges)]
-
-    def decode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        """float32 [n, C, H, W] from each image's bytes in base64"""
-        return np.frombuffer(b"".join(map(b64decode, texts)), np.float32).reshape(-1, *self.shape)
+        verdict = self._scorer.outputs(tensors, self._memory, score)
+        return dict(zip(ANSWERS, (labels, *(verdict[name][:, 0] for name in TENSORS)), strict=True))
 
 
 def encode(images: npt.NDArray[np.float32]) -> list[str]:

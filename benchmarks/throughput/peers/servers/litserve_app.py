@@ -9,7 +9,7 @@ import litserve
 import numpy as np
 import numpy.typing as npt
 
-from .compute import Guard, Task, columns
+from .compute import Computation, Task, columns
 
 Images = npt.NDArray[np.float32]
 
@@ -17,7 +17,7 @@ Images = npt.NDArray[np.float32]
 class GuardApi(litserve.LitAPI):  # type: ignore[misc]
     """``{"images": [base64, ...]}`` -> rows of ``ANSWERS``."""
 
-    guard: Guard
+    guard: Computation
 
     def setup(self, device: str) -> None:
         self.guard = Task.read().load()

@@ -10,12 +10,12 @@ from pytriton.decorators import batch
 from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
 from pytriton.triton import Triton, TritonConfig
 
-from .compute import Guard, Task
+from .compute import Computation, Task
 
 OUTPUTS = {"label": np.int64, "score": np.float32, "p_value": np.float32, "is_malicious": np.bool_}
 
 
-def judge(guard: Guard) -> Callable[..., Any]:
+def judge(guard: Computation) -> Callable[..., Any]:
     @batch  # type: ignore[untyped-decorator]
     def infer(IMAGE: Any) -> dict[str, Any]:
         return {name: rows[:, None] for name, rows in guard(IMAGE).items()}
