@@ -307,12 +307,13 @@ def _assemble_backends(target: Path) -> None:
         )
     shutil.copy(stub, python)
     own = native_backends()
-    for runtime in RUNTIMES.iterdir():
-        if runtime.name in own:
-            (target / runtime.name).symlink_to(own[runtime.name])
-        elif (runtime / "model.py").is_file():
-            (target / runtime.name).mkdir()
-            shutil.copy(runtime / "model.py", target / runtime.name)
+    for stand_in in RUNTIMES.glob("*/model.py"):
+        name = stand_in.parent.name
+        if name in own:
+            (target / name).symlink_to(own[name])
+        else:
+            (target / name).mkdir()
+            shutil.copy(stand_in, target / name)
 
 
 def native_backends() -> dict[str, Path]:
@@ -323,11 +324,11 @@ def native_backends() -> dict[str, Path]:
     """
     if not (place := os.environ.get(BACKENDS)):
         return {}
-    folder = Path(place).resolve()
-    found = {runtime.name: folder / runtime.name for runtime in RUNTIMES.iterdir()}
-    found = {name: path for name, path in found.items() if (path / f"libtriton_{name}.so").is_file()}
+    names = sorted(path.parent.name for path in RUNTIMES.glob("*/model.py"))
+    libraries = {name: Path(place).resolve() / name / f"libtriton_{name}.so" for name in names}
+    found = {name: path.parent for name, path in libraries.items() if path.is_file()}
     if not found:
-        wanted = " and no ".join(f"{runtime}/libtriton_{runtime}.so" for runtime in ("onnxruntime", "tensorrt"))
+        wanted = " and no ".join(f"{name}/{path.name}" for name, path in libraries.items())
         raise NoisecError(f"{BACKENDS}={place}: no {wanted} in this folder")
     return found
 

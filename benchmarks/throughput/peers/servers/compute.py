@@ -25,6 +25,7 @@ import onnxruntime
 
 Array = npt.NDArray[Any]
 TENSORS = ("SCORE", "P_VALUE", "IS_MALICIOUS")
+"""the verdict's tensors that servers answer, [n, 1] each"""
 ANSWERS = ("label", "score", "p_value", "is_malicious")
 """int64, float32, float32 and bool, [n] each"""
 VARIABLE = "NOISEC_PEER"
