@@ -80,6 +80,8 @@ def network_config(spec: GuardSpec, stage: str, widths: Widths, plans: Mapping[s
 def _batching(spec: GuardSpec) -> triton.ModelDynamicBatching:
     """How requests wait for the networks."""
     found = triton.ModelDynamicBatching(max_queue_delay_microseconds=spec.serving.queue_delay_microseconds)
+    if spec.serving.preferred_batch_size:
+        found.preferred_batch_size.append(spec.serving.preferred_batch_size)
     if spec.serving.max_queue_size:
         found.default_queue_policy.max_queue_size = spec.serving.max_queue_size
     return found

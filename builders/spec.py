@@ -301,12 +301,24 @@ class ServingSpec(Section):
     max_batch_size: Count = 64
     queue_delay_microseconds: CountOrNone = 0
     """how long Triton's dynamic batcher waits for more requests"""
+    preferred_batch_size: CountOrNone = 0
+    """images of different requests that a batch of the networks is made of where more are waiting, so that the instances share what waits;
+    0: as many as `max_batch_size`"""
     scorer_delay_microseconds: CountOrNone = 0
     """the same for the scorer stage: the requests of one network batch arrive one after the other"""
     instances: Count = 2
     """copies of each network stage, or of a guard in one process or graph, on each GPU or on the CPU, where each has one compute thread"""
     max_queue_size: CountOrNone = 0
-    """requests that may wait for a guard in one process or graph; more are refused at once. 0: any number"""
+    """requests that may wait for a guard in one process; more are refused at once. 0: any number"""
+
+    @model_validator(mode="after")
+    def _preferred_batches_are_taken(self) -> ServingSpec:
+        if self.preferred_batch_size > self.max_batch_size:
+            raise ValueError(
+                f"serving.preferred_batch_size = {self.preferred_batch_size} is above max_batch_size = {self.max_batch_size}; "
+                "prefer smaller batches or allow larger ones"
+            )
+        return self
 
     @property
     def is_one_model(self) -> bool:
@@ -401,10 +413,10 @@ class GuardSpec(Section):
 
     @model_validator(mode="after")
     def _no_stage_refuses_requests(self) -> GuardSpec:
-        if self.serving.max_queue_size and not self.serving.is_one_model:
+        if self.serving.max_queue_size and self.serving.layout != "single":
             raise ValueError(
-                f"serving.max_queue_size = {self.serving.max_queue_size} goes with layout 'single' or 'graph': a full queue of an "
-                "ensemble's stage ends Triton before 26.05 (docs/known-issues.md)"
+                f"serving.max_queue_size = {self.serving.max_queue_size} goes with layout 'single': a full queue of an ensemble's stage "
+                "can end Triton 24.10 (docs/known-issues.md)"
             )
         return self
 

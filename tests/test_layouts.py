@@ -7,6 +7,7 @@ import queue
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -263,9 +264,8 @@ def test_impatient_clients_do_not_end_a_server(name, pixels, request):
         same(patient.classify(pixels[:20]), expected)
 
 
-@pytest.mark.parametrize("layout", ["single", "graph"])
-def test_a_full_queue_refuses_requests_and_answers_the_others(layout, tmp_path_factory, pixels):
-    repository = arranged(tmp_path_factory, layout=layout, max_queue_size=2)
+def test_a_full_queue_refuses_requests_and_answers_the_others(tmp_path_factory, pixels):
+    repository = arranged(tmp_path_factory, layout="single", max_queue_size=2)
     with EmbeddedServer(repository) as running, GuardClient(running.grpc_url, GUARD) as client, ThreadPoolExecutor(12) as many:
 
         def ask(turn):
@@ -282,6 +282,45 @@ def test_a_full_queue_refuses_requests_and_answers_the_others(layout, tmp_path_f
         assert all("Exceeds maximum queue size" in str(error) for error in refused)
         for verdicts in [*answered, ask(0)]:
             same(verdicts, expected)
+
+
+def test_impatient_clients_do_not_end_a_server_whose_queue_is_full(tmp_path_factory, pixels):
+    """As they do where a stage of an ensemble refuses them."""
+    repository = arranged(tmp_path_factory, layout="single", max_queue_size=8)
+    with EmbeddedServer(repository) as running, ThreadPoolExecutor(16) as many, GuardClient(running.grpc_url, GUARD) as patient:
+        expected = patient.classify(pixels[:20])
+
+        def ask(turn):
+            image = triton_grpc.InferInput(contract.IMAGE, (64, 1, 28, 28), "FP32").set_data_from_numpy(pixels[:64])
+            with triton_grpc.InferenceServerClient(running.grpc_url) as raw:
+                try:
+                    raw.infer(GUARD, [image], client_timeout=0.003)
+                except InferenceServerException as error:
+                    return str(error)
+
+        said = set(many.map(ask, range(1000)))
+        assert running.is_alive()
+        assert any("Exceeds maximum queue size" in str(one) for one in said)
+        assert any("Deadline Exceeded" in str(one) for one in said)
+        time.sleep(1)  # until the last of them, which nobody waits for, have left the queue
+        same(patient.classify(pixels[:20]), expected)
+
+
+@pytest.mark.parametrize("layout", ["fused", "single", "graph"])
+def test_a_longer_queue_is_parted_into_preferred_batches(layout, tmp_path_factory, pixels):
+    repository = arranged(tmp_path_factory, layout=layout, preferred_batch_size=4)
+    with EmbeddedServer(repository) as running, GuardClient(running.grpc_url, GUARD) as client, ThreadPoolExecutor(32) as many:
+        expected = client.classify(pixels[:32])
+        found = list(many.map(lambda turn: client.classify(pixels[turn % 32]), range(320)))
+        images_answered(running.grpc_url)
+        with triton_grpc.InferenceServerClient(running.grpc_url) as raw:
+            statistics = raw.get_inference_statistics().model_stats
+    assert [one.labels[0] for one in found] == [*expected.labels] * 10
+    assert [one.is_malicious[0] for one in found] == [*expected.is_malicious] * 10
+    model = {"fused": stage_model(GUARD, "autoencoder"), "single": GUARD, "graph": stage_model(GUARD, "scorer")}[layout]
+    (executed,) = [{part.batch_size for part in one.batch_stats} for one in statistics if one.name == model]
+    assert 4 in executed
+    assert executed <= {1, 2, 3, 4, 32}
 
 
 @pytest.mark.parametrize("name", ["single_server", "graph_server"])
@@ -478,13 +517,14 @@ def test_a_guard_is_arranged_from_the_command_line(tmp_path):
         return subprocess.run([sys.executable, "-m", "noisec", *command], capture_output=True, text=True)
 
     assert "say what to change" in arrange().stderr
-    assert "max_queue_size = 9 goes with layout 'single' or 'graph'" in arrange("--max-queue-size", "9").stderr
+    assert "max_queue_size = 9 goes with layout 'single'" in arrange("--max-queue-size", "9").stderr
+    assert "preferred_batch_size = 99 is above max_batch_size = 64" in arrange("--preferred-batch-size", "99").stderr
     assert "serving.instances: Input should be less than 2147483648" in arrange("--instances", "99999999999").stderr
     assert not (tmp_path / "new").exists()
-    done = arrange("--layout", "single", "--input", "uint8", "--instances", "2", "--max-queue-size", "9")
+    done = arrange("--layout", "single", "--input", "uint8", "--instances", "2", "--max-queue-size", "9", "--preferred-batch-size", "4")
     assert done.returncode == 0, done.stderr
     serving = spec_of(tmp_path / "new").serving
-    assert serving == ServingSpec(layout="single", input="uint8", instances=2, max_queue_size=9)
+    assert serving == ServingSpec(layout="single", input="uint8", instances=2, max_queue_size=9, preferred_batch_size=4)
     assert manifest.verify_repository(tmp_path / "new") == []
     assert "name a new folder" in arrange("--layout", "fused").stderr
 
@@ -500,10 +540,9 @@ def test_what_does_not_go_together_is_refused(single):
             GuardSpec.model_validate({**content, "runtime": "tensorrt", "serving": {"layout": layout}})
     with pytest.raises(ValidationError, match="'graph' goes without \\[memory\\]: a graph remembers nothing"):
         GuardSpec.model_validate({**content, "memory": {}, "serving": {"layout": "graph"}})
-    with pytest.raises(
-        ValidationError, match="serving.max_queue_size = 9 goes with layout 'single' or 'graph': a full queue .* ends Triton before 26.05"
-    ):
-        GuardSpec.model_validate({**content, "serving": {"layout": "fused", "max_queue_size": 9}})
+    for layout in ("fused", "graph"):
+        with pytest.raises(ValidationError, match="max_queue_size = 9 goes with layout 'single': a full queue .* can end Triton 24.10"):
+            GuardSpec.model_validate({**content, "serving": {"layout": layout, "max_queue_size": 9}})
     with pytest.raises(NoisecError, match="fashion_mnist cannot be changed so:\n.*'single' goes with runtime = 'onnxruntime'"):
         compile_with(None, "9.0", single, GUARD, EngineOptions())
     assert releases(single, GUARD) == [1]

@@ -46,9 +46,10 @@ def test_of_two_turns_the_slower_one_counts():
 
 
 def test_every_axis_leaves_out_the_present_value():
-    layouts, instances, _, _, largest = axes(ServingSpec(layout="staged"), "onnxruntime", 4, 1)
+    layouts, instances, preferred, _, _, largest = axes(ServingSpec(layout="staged"), "onnxruntime", 4, 1)
     assert layouts == [{"layout": "fused"}, *({"layout": layout, "instances": 4} for layout in ("fused", "single", "graph"))]
     assert instances == [{"instances": 1}, {"instances": 4}]
+    assert preferred == [{"preferred_batch_size": 4}, {"preferred_batch_size": 8}]
     assert largest == [{"max_batch_size": 16}, {"max_batch_size": 128}]
     assert axes(ServingSpec(instances=1), "tensorrt", 4, 1)[0] == [{"instances": 2}, {"instances": 4}]
     remembering = axes(ServingSpec(layout="fused", instances=4), "onnxruntime", 4, 1, remembers=True)
@@ -63,6 +64,8 @@ def test_what_has_no_effect_is_not_measured():
     assert without_effect(ServingSpec(layout="graph"), delay)
     assert not without_effect(ServingSpec(layout="single"), {"queue_delay_microseconds": 100})
     assert not without_effect(ServingSpec(layout="fused"), delay)
+    assert without_effect(ServingSpec(max_batch_size=8, preferred_batch_size=8), {"preferred_batch_size": 8})
+    assert not without_effect(ServingSpec(max_batch_size=8, preferred_batch_size=4), {"preferred_batch_size": 4})
 
 
 def test_several_processes_with_a_memory_each_are_told_of(spec):

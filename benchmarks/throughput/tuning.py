@@ -93,6 +93,7 @@ def axes(present: ServingSpec, runtime: str, cores: int, batch: int, *, remember
     ]
     others: dict[str, list[int]] = {
         "instances": sorted({1, 2, cores}),
+        "preferred_batch_size": [0, 4, 8],
         "scorer_delay_microseconds": [0, 100, 300],
         "queue_delay_microseconds": [0, 200, 1000],
         "max_batch_size": [max(batch, largest // 4), *([2 * largest] if runtime == "onnxruntime" else [])],
@@ -103,8 +104,10 @@ def axes(present: ServingSpec, runtime: str, cores: int, batch: int, *, remember
 
 
 def without_effect(serving: ServingSpec, change: Mapping[str, Any]) -> bool:
-    """Whether a change says nothing to a guard that is served so: one that is a single model has no scorer stage that could wait."""
-    return serving.is_one_model and set(change) == {"scorer_delay_microseconds"}
+    """Whether a change says nothing to a guard that is served so: one that is a single model has no scorer stage that could wait, and what
+    no batch exceeds does not part it."""
+    waits_in_vain = serving.is_one_model and set(change) == {"scorer_delay_microseconds"}
+    return waits_in_vain or ("preferred_batch_size" in change and serving.preferred_batch_size >= serving.max_batch_size)
 
 
 def tune(repository: Path, guard: str, wish: Wish, seconds: float, cache: Path, measure_seconds: float = 1.5) -> Tuning:
@@ -185,11 +188,17 @@ def memories(spec: GuardSpec, serving: ServingSpec) -> str:
 
 def tuning_rows(found: Tuning) -> tuple[list[str], list[list[str]]]:
     """Column heads and rows of the table."""
-    heads = ["layout", "instances", "scorer delay us", "queue delay us", "max batch", "images/s", "p50 ms", "p99 ms", "gain", ""]
+    settings = {
+        "layout": "layout",
+        "instances": "instances",
+        "preferred batch": "preferred_batch_size",
+        "scorer delay us": "scorer_delay_microseconds",
+        "queue delay us": "queue_delay_microseconds",
+        "max batch": "max_batch_size",
+    }
     rows = []
     for trial in found.trials:
-        one, load = trial.serving, trial.load
-        settings = [one.layout, one.instances, one.scorer_delay_microseconds, one.queue_delay_microseconds, one.max_batch_size]
+        load = trial.load
         figures = [f"{load.per_second:.0f}", f"{load.p50_ms:.2f}", f"{load.p99_ms:.2f}", f"{trial.gain:.2f}"]
-        rows.append([*map(str, settings), *figures, "best" if trial is found.best else ""])
-    return heads, rows
+        rows.append([*(str(getattr(trial.serving, name)) for name in settings.values()), *figures, "best" if trial is found.best else ""])
+    return [*settings, "images/s", "p50 ms", "p99 ms", "gain", ""], rows

@@ -283,7 +283,10 @@ def arrange(
     layout: Annotated[Layout | None, typer.Option(help="Each stage a model, two side by side, one process, or one graph.")] = None,
     pixels: Annotated[Pixels | None, typer.Option("--input", help="What clients send; bytes go with all but staged.")] = None,
     instances: Annotated[int | None, typer.Option(help="Copies of each network stage, or of the process or graph.", min=1)] = None,
-    max_queue_size: Annotated[int | None, typer.Option(help="Requests that may wait, with single or graph; 0: any number.", min=0)] = None,
+    preferred_batch_size: Annotated[
+        int | None, typer.Option(help="Images that a network's batch is made of where more are waiting; 0: as many as it takes.", min=0)
+    ] = None,
+    max_queue_size: Annotated[int | None, typer.Option(help="Requests that may wait, with single; 0: any number.", min=0)] = None,
 ) -> None:
     """Copy a guard's newest release with other serving settings, which `noisec tune` would find by measuring. The verdicts stay.
 
@@ -295,7 +298,13 @@ def arrange(
     from noisec.builders.release import Release
     from noisec.builders.spec import changed
 
-    given = {"layout": layout and layout.value, "input": pixels and pixels.value, "instances": instances, "max_queue_size": max_queue_size}
+    given = {
+        "layout": layout and layout.value,
+        "input": pixels and pixels.value,
+        "instances": instances,
+        "preferred_batch_size": preferred_batch_size,
+        "max_queue_size": max_queue_size,
+    }
     asked = {name: value for name, value in given.items() if value is not None}
     if not asked:
         raise NoisecError(f"{guard} stays as it is: say what to change, such as --layout single")
