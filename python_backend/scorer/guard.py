@@ -16,6 +16,8 @@ from .session import open_session
 Images = npt.NDArray[np.float32] | npt.NDArray[np.uint8]
 """[n, C, H, W], as the guard takes them"""
 Arrays = Mapping[str, npt.NDArray[Any]]
+PART = 16
+"""images that the networks compute at a time: what larger batches need at once no longer fits the processor's caches"""
 Submit = Callable[..., Future[Any]]
 """as an executor's"""
 
@@ -76,6 +78,12 @@ class Guard:
         Args:
             hurry: use a second core: for the image's own passes, or, where they are one with the others, for all of them
         """
+        parts = [self._tensors(images[start : start + PART], hurry=hurry) for start in range(0, max(1, len(images)), PART)]
+        tensors = parts[0] if len(parts) == 1 else {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return {"LOGITS": tensors["LOGITS"], **self.scorer.outputs(tensors, self.memory, tensors["SCORE"][:, 0])}
+
+    def _tensors(self, images: Images, *, hurry: bool) -> Arrays:
+        """LOGITS, SCORE and what the scorer reads besides, [n, ...] each."""
         submit: Submit = self._beside.submit if hurry else in_turn
         passes = submit(self._image.run, self._of_image, {"IMAGE": images}) if self._of_image else None
         networks = self._hurried if hurry else self._autoencoder
@@ -84,7 +92,7 @@ class Guard:
             tensors |= {_input(name): rows for name, rows in zip(self._of_image, passes.result(), strict=True)}
         if self._scores:
             (tensors["SCORE"],) = self._scores.run(["SCORE"], {name: tensors[name] for name in self.scorer.inputs})
-        return {"LOGITS": tensors["LOGITS"], **self.scorer.outputs(tensors, self.memory, tensors["SCORE"][:, 0])}
+        return tensors
 
 
 def _input(output: str) -> str:

@@ -31,9 +31,12 @@ class Settings:
     """requests or images that are computed together, as the peer counts them; 1 joins none"""
     delay_ms: float = 0.0
     """how long a request waits for others"""
+    preferred: int = 0
+    """what a longer queue is parted into; 0: ``batch``"""
 
     def __str__(self) -> str:
-        joined = f"batches of {self.batch}, delay {self.delay_ms:g} ms" if self.batch > 1 else "no batching"
+        parted = f", {self.preferred} preferred" if self.preferred else ""
+        joined = f"batches of {self.batch}{parted}, delay {self.delay_ms:g} ms" if self.batch > 1 else "no batching"
         return f"{self.workers} x {self.threads} threads, {joined}"
 
 
@@ -133,7 +136,7 @@ LITSERVE = Peer(
     "LitServe",
     "litserve",
     JSON,
-    (Settings(), Settings(CORES), Settings(1, CORES), Settings(1, 1, 16, 1), Settings(CORES, 1, 16, 1)),
+    (Settings(), Settings(CORES), Settings(1, CORES), Settings(1, 1, 16, 1), Settings(CORES, 1, 16, 1), Settings(CORES, 1, 4, 1)),
     _litserve,
     over_http("/predict"),
 )
@@ -151,7 +154,7 @@ MLSERVER = Peer(
     "MLServer",
     "mlserver",
     BINARY,
-    (Settings(), Settings(CORES), Settings(1, CORES), Settings(1, 1, 16, 1), Settings(CORES, 1, 16, 1)),
+    (Settings(), Settings(CORES), Settings(1, CORES), Settings(1, 1, 16, 1), Settings(CORES, 1, 16, 1), Settings(CORES, 1, 4, 1)),
     _mlserver,
     over_grpc(ANSWERS),
 )
@@ -160,7 +163,7 @@ PYTRITON = Peer(
     "PyTriton",
     "nvidia-pytriton",
     BINARY,
-    (Settings(1, 1, 64), Settings(CORES, 1, 64), Settings(1, CORES, 64), Settings(1, 1, 64, 1)),
+    (Settings(1, 1, 64), Settings(CORES, 1, 64), Settings(1, CORES, 64), Settings(1, 1, 64, 1), Settings(CORES, 1, 64, preferred=4)),
     _pytriton,
     over_grpc(ANSWERS),
 )

@@ -47,6 +47,8 @@ class Task:
     """requests or images that are computed together; 1 joins none"""
     delay_ms: float
     """how long a request waits for others"""
+    preferred: int
+    """what a longer queue is parted into; 0: ``batch``"""
 
     @classmethod
     def read(cls) -> Task:

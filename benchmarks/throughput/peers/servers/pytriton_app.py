@@ -28,7 +28,8 @@ def main() -> None:
     guards = [task.load() for _ in range(task.workers)]
     http, grpc, metrics = task.ports[1], task.ports[0], task.ports[2]
     config = TritonConfig(http_port=http, grpc_port=grpc, metrics_port=metrics, http_address="127.0.0.1", grpc_address="127.0.0.1")
-    batcher = DynamicBatcher(max_queue_delay_microseconds=int(task.delay_ms * 1000))
+    preferred = [task.preferred] if task.preferred else None
+    batcher = DynamicBatcher(max_queue_delay_microseconds=int(task.delay_ms * 1000), preferred_batch_size=preferred)
     with Triton(config=config) as triton:
         triton.bind(
             model_name=task.guard,
