@@ -317,6 +317,6 @@ def _facts(plan: Plan, images: Pixels) -> dict[str, Any]:
         "machine": f"{platform.machine()}, {CORES} cores, {platform.system()}; client, server and limit share it",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "images": f"{len(images)} different ones, {list(np.shape(images)[1:])} {images.dtype}",
-        "each measurement": f"{plan.seconds:g} s, by perf_analyzer as long as {REQUESTS} requests take at the limit if that is longer; what is "
-        f"compared takes turns for {plan.rounds} rounds, and medians are compared",
+        "each measurement": f"{plan.seconds:g} s, with perf_analyzer as long as {REQUESTS} requests take at the limit, if that is longer; "
+        f"what is compared takes turns for {plan.rounds} rounds, and medians are compared",
     }
