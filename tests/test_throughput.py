@@ -18,7 +18,7 @@ from noisec.benchmarks.throughput import statistics
 from noisec.benchmarks.throughput.limit import computation, processes, settings
 from noisec.benchmarks.throughput.load import Traffic, arrivals, closed_loop, generator, open_loop, triton
 from noisec.benchmarks.throughput.perf import find_perf_analyzer, write_images
-from noisec.benchmarks.throughput.run import Plan, run_benchmark
+from noisec.benchmarks.throughput.run import REQUESTS, Plan, long_enough, run_benchmark
 from noisec.benchmarks.throughput.summary import PeerFigures, Summary
 from noisec.benchmarks.throughput.target import Target
 from noisec.builders.layout import rearrange
@@ -192,6 +192,12 @@ def test_perf_analyzer_measures_a_served_guard_with_real_images(server, perf, pi
     assert stages[GUARD].images == 4 * stages[GUARD].requests > 0
     with pytest.raises(NoisecError, match="unknown model"):
         perf.measure(server.grpc_url, "nobody", data, batch=1, clients=1, seconds=SHORT)
+
+
+def test_perf_analyzer_waits_for_as_many_large_requests_as_of_small_ones():
+    assert long_enough(1.0, 1, 5000) == 1.0
+    assert long_enough(1.0, 64, 640) == pytest.approx(REQUESTS * 0.1)
+    assert long_enough(3.0, 64, 1e6) == 3.0
 
 
 def test_a_run_writes_every_figure_and_keeps_those_of_other_guards(server, perf, tmp_path):

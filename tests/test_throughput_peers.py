@@ -92,7 +92,7 @@ def test_images_and_answers_survive_the_json_encoding(computing, images):
 
 
 def test_pytriton_as_a_peer_answers_the_same_and_ends(images, served):
-    settings = PYTRITON.settings[0]
+    settings = replace(PYTRITON.settings[0], preferred=4)
     with running(PYTRITON, OWN, REPOSITORY, GUARD, settings) as server:
         family = psutil.Process(server.pid).children(recursive=True)
 

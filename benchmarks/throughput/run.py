@@ -85,6 +85,11 @@ QUICK = Plan(seconds=1.0, rounds=3, batches=(8, 32), clients=(2, 4), singles=(1,
 """the same figures in less time"""
 
 
+def long_enough(seconds: float, batch: int, limit: float) -> float:
+    """How long perf_analyzer measures: ``seconds``, or what ``REQUESTS`` requests of ``batch`` images take at ``limit`` images a second."""
+    return max(seconds, REQUESTS * batch / limit)
+
+
 @dataclass(frozen=True)
 class Observation:
     """What the server did during some measurements."""
@@ -237,7 +242,7 @@ class Benchmark:
 
     def _perf(self, part: Part, batch: int, clients: int, what: What = GUARD, *, shared_memory: bool = False) -> None:
         model = {GUARD: self.target.name, CLASSIFIER: self.target.classifier}[what]
-        seconds = max(self.plan.seconds, REQUESTS * batch / self.best_limits[0].per_second)
+        seconds = long_enough(self.plan.seconds, batch, self.best_limits[0].per_second)
         found = self.perf.measure(self.url, model, self.data, batch, clients, seconds, shared_memory=shared_memory)
         self.rows.append(of_perf(part, what, found, note="shared memory" if shared_memory else ""))
 
