@@ -225,6 +225,7 @@ def test_a_run_writes_every_figure_and_keeps_those_of_other_guards(server, perf,
     page = (out / GUARD / "README.md").read_text()
     assert "noisec bench throughput" in page
     assert page.count("met") >= 5
+    assert "labels alone: >= 97%" in page
     with (out / GUARD / "measurements.csv").open() as file:
         parts = {row["part"] for row in csv.DictReader(file)}
     assert parts == {"limit", "batches and clients", "single images", "side by side", "labels", "one client", "arrivals", "mixed"}

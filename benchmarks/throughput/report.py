@@ -29,7 +29,8 @@ HOW = """*Limit*: the same ONNX files and the same scorer without a server, ever
 threads and batch size. *Served*: the guard's whole answer over gRPC, real images, on the same machine as its load. "perf_analyzer" and
 "own load" name the load generator; perf_analyzer always asks for every output. Open loops draw Poisson arrivals; a latency counts
 from sending, in the soak from the arrival. Figures are medians over rounds in which what is compared takes turns.
-Labels alone are asked of the model that clients ask for them: of a guard that is one graph, the classifier stage itself."""
+Labels alone are asked of the model that clients ask for them: of a guard that is one graph, the classifier stage itself, for which that
+is no goal."""
 GOALS = {"cifar10_resnet20": (0.95, 0.80)}
 """guard -> share of the limit that is wanted of it at saturation, and with single images from 16 clients"""
 USUAL_GOALS = (0.80, 0.60)
@@ -87,7 +88,7 @@ def goals(guard: str, result: Result, summary: Summary) -> list[tuple[str, str, 
             f"{summary['single_image_over_limit']:.1%}",
             summary["single_image_over_limit"] >= single,
         ),
-        ("labels alone: >= 97% of the bare classifier", f"{summary['label_only_over_bare']:.1%}", summary["label_only_over_bare"] >= 0.97),
+        *(_label_goal(summary) if result.own_labels else ()),
         (
             "one image, one client: <= 0.5 ms added",
             f"{summary['added_latency_ms']:.2f} ms (the bare classifier: {added_latency(result.rows, CLASSIFIER):.2f} ms)",
@@ -96,6 +97,11 @@ def goals(guard: str, result: Result, summary: Summary) -> list[tuple[str, str, 
         ("half the load: p99 <= 3 x p50", f"{tail:.2f} x", tail <= 3),
     ]
     return found + _peer_goals(result.rows) + _soak_goals(result)
+
+
+def _label_goal(summary: Summary) -> list[tuple[str, str, bool]]:
+    ratio = summary["label_only_over_bare"]
+    return [("labels alone: >= 97% of the bare classifier", f"{ratio:.1%}", ratio >= 0.97)]
 
 
 def goal_table(guard: str, result: Result, summary: Summary) -> str:

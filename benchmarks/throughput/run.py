@@ -111,6 +111,8 @@ class Result:
     """megabytes of the server after each part of the soak"""
     absent: dict[str, str] = field(default_factory=dict)
     """peer -> why it was not measured"""
+    own_labels: bool = True
+    """whether the guard itself answers labels; else the bare classifier does, and comparing them says nothing"""
 
 
 class Benchmark:
@@ -177,6 +179,7 @@ class Benchmark:
         """Label-only requests to the guard, and the same requests to the bare classifier, in many turns: they differ by little."""
         outputs = (contract.LOGITS,)
         models = [(LABELS, self.target.asked(outputs)), (CLASSIFIER, self.target.classifier)]
+        self.result.own_labels = self.target.asked(outputs) != self.target.classifier
         for batch, clients in sorted({(self.best.batch, self.best.clients), (1, MANY)}):
             for what, model in in_turns(MORE * self.plan.rounds, models):
                 traffic = Traffic(self._connect(model, outputs), batch)
