@@ -301,11 +301,11 @@ class ServingSpec(Section):
     max_batch_size: Count = 64
     queue_delay_microseconds: CountOrNone = 0
     """how long Triton's dynamic batcher waits for more requests"""
+    scorer_delay_microseconds: CountOrNone = 0
+    """the same for the scorer stage: the requests of one network batch arrive one after the other"""
     preferred_batch_size: CountOrNone = 0
     """images of different requests that a batch of the networks is made of where more are waiting, so that the instances share what waits;
     0: as many as `max_batch_size`"""
-    scorer_delay_microseconds: CountOrNone = 0
-    """the same for the scorer stage: the requests of one network batch arrive one after the other"""
     instances: Count = 2
     """copies of each network stage, or of a guard in one process or graph, on each GPU or on the CPU, where each has one compute thread"""
     max_queue_size: CountOrNone = 0
