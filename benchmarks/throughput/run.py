@@ -218,8 +218,8 @@ class Benchmark:
         rate = SOAK_LOAD * self.load.closed([self._both(1)], MANY, self.plan.seconds).per_second
         for turn in range(round(self.plan.soak / SOAK_CHUNK)):
             found = self.load.open([self._both(1)], rate, SOAK_CHUNK, turn)
-            self.rows.append(of_load("soak", GUARD, found, 1, rate=rate))
             self.result.memory.append(statistics.usage(self.processes).memory_mb)
+            self.rows.append(of_load("soak", GUARD, found, 1, rate=rate, note=f"server {self.result.memory[-1]:.0f} MB"))
 
     def against(self, peers: Sequence[Peer], work: Path) -> None:
         """Peers, each in turns with this server, under the same load from the same generator."""
