@@ -7,6 +7,7 @@ import csv
 import json
 import time
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,10 +16,12 @@ from conftest import GUARD, REPOSITORY
 
 from noisec import contract, manifest
 from noisec.benchmarks.throughput import statistics
-from noisec.benchmarks.throughput.limit import computation, processes, settings
+from noisec.benchmarks.throughput.limit import Speed, computation, processes, settings
 from noisec.benchmarks.throughput.load import Traffic, arrivals, closed_loop, generator, open_loop, triton
-from noisec.benchmarks.throughput.perf import find_perf_analyzer, write_images
-from noisec.benchmarks.throughput.run import REQUESTS, Plan, long_enough, run_benchmark
+from noisec.benchmarks.throughput.perf import Perf, find_perf_analyzer, write_images
+from noisec.benchmarks.throughput.report import as_markdown, goals
+from noisec.benchmarks.throughput.rows import CLASSIFIER, MANY, choose, of_perf, of_speed
+from noisec.benchmarks.throughput.run import REQUESTS, Benchmark, Plan, Result, long_enough, run_benchmark
 from noisec.benchmarks.throughput.summary import PeerFigures, Summary
 from noisec.benchmarks.throughput.target import Target
 from noisec.builders.layout import rearrange
@@ -29,6 +32,13 @@ from noisec.contract import stage_model
 from noisec.errors import NoisecError
 
 SHORT = 0.3
+FIGURES = Summary(**dict.fromkeys(Summary.__annotations__, 1.0))
+ROWS = [
+    of_speed("one client", Speed(CLASSIFIER, 1, 1, 1, 1.0, 1.0)),
+    of_perf("one client", CLASSIFIER, Perf(1, 1, 1, 1, 1, 1, 1)),
+    of_perf("side by side", "guard", Perf(1, MANY, 100, 1, 1, 1, 1)),
+]
+"""without which no page is written"""
 TINY = Plan(seconds=SHORT, rounds=1, batches=(8,), clients=(2,), singles=(1,), limits=(8,), loads=(0.5,))
 
 
@@ -198,6 +208,28 @@ def test_perf_analyzer_waits_for_as_many_large_requests_as_of_small_ones():
     assert long_enough(1.0, 1, 5000) == 1.0
     assert long_enough(1.0, 64, 640) == pytest.approx(REQUESTS * 0.1)
     assert long_enough(3.0, 64, 1e6) == 3.0
+
+
+def test_a_soak_that_a_failed_request_ends_is_told_as_such(server, target, perf, pixels, tmp_path):
+    data = write_images(tmp_path / "images.json", pixels)
+    with generator(pixels) as load:
+        benchmark = Benchmark(target, server.grpc_url, replace(TINY, soak=1), perf, data, pixels, load, here=True)
+        benchmark.rows += ROWS
+        benchmark.soak()
+        assert [(row.rate, row.failed) for row in choose(benchmark.rows, "soak")] == [(80, 0)]
+        assert [met for goal, _, met in goals(GUARD, benchmark.result, FIGURES) if goal.startswith("80% load")] == [True, True]
+        benchmark.url = "127.0.0.1:1"
+        benchmark.soak()
+    assert [row.failed for row in choose(benchmark.rows, "soak")] == [0, 1]
+    assert ("80% load: no failed request", "1", False) in goals(GUARD, benchmark.result, FIGURES)
+    page = as_markdown(GUARD, benchmark.result, FIGURES, {"command": "noisec bench throughput"})
+    assert "in 1 parts" in page
+    assert "perf_analyzer" in page.split("## Soak")[1]
+
+
+def test_labels_are_no_goal_where_the_classifier_itself_answers_them():
+    told = {own: [goal for goal, _, _ in goals(GUARD, Result(ROWS, own_labels=own), FIGURES)] for own in (True, False)}
+    assert [goal for goal in told[True] if goal not in told[False]] == ["labels alone: >= 97% of the bare classifier"]
 
 
 def test_a_run_writes_every_figure_and_keeps_those_of_other_guards(server, perf, tmp_path):

@@ -80,6 +80,11 @@ def of_perf(part: Part, what: str, perf: Perf, rate: float = 0, note: str = "") 
     return Row(part, what, "perf_analyzer", perf.batch, perf.clients, rate, perf.per_second, *times, 0, note)
 
 
+def of_failure(part: Part, what: str, rate: float, why: str) -> Row:
+    """A measurement by perf_analyzer of single images that a failed request has ended."""
+    return Row(part, what, "perf_analyzer", 1, 0, rate, 0, NONE, NONE, NONE, 1, why)
+
+
 def of_load(part: Part, what: str, load: Load, batch: int, clients: int = 0, rate: float = 0, note: str = "") -> Row:
     times = (load.p50_ms, load.p95_ms, load.p99_ms)
     return Row(part, what, "own load", batch, clients, rate, load.per_second, *times, load.failed, note)

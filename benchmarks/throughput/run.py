@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import tempfile
 import time
@@ -33,13 +34,14 @@ from noisec.benchmarks.throughput.rows import (
     choose,
     in_turns,
     middle,
+    of_failure,
     of_load,
     of_perf,
     of_speed,
 )
 from noisec.benchmarks.throughput.summary import Summary, summary_of
 from noisec.benchmarks.throughput.target import CORES, IMAGES, Target
-from noisec.builders.progress import console
+from noisec.builders.progress import console, tracked
 from noisec.builders.spec import GuardSpec
 from noisec.clients.requests import Pixels
 from noisec.errors import NoisecError
@@ -53,8 +55,10 @@ REQUESTS = 80
 up to a seventh"""
 MORE = 3
 """times as many turns where what is compared differs by a few per cent"""
-SOAK_LOAD, SOAK_CHUNK = 0.8, 10.0
+SOAK_LOAD, SOAK_CHUNK = 0.8, 20.0
 """share of the throughput, and seconds between two looks at the memory"""
+MIXED_LOAD = 0.5
+"""share of mixed traffic's throughput at which its latency is measured"""
 MIXED = ((1, contract.OUTPUTS, 0.5), (1, (contract.LOGITS,), 0.2), (8, contract.OUTPUTS, 0.2), (8, contract.VERDICT, 0.1))
 """batch, outputs and share of each kind of request in mixed traffic"""
 
@@ -205,21 +209,27 @@ class Benchmark:
                 self.rows.append(of_perf("arrivals", GUARD, found, self._rate(load), f"{load:g} of the throughput"))
 
     def mixed(self) -> None:
-        """Several batch sizes and choices of outputs at once."""
+        """Several batch sizes and choices of outputs at once: how many of them, and how long they take at Poisson arrivals."""
         traffic = [Traffic(self._connect(self.target.asked(outputs), outputs), batch, weight) for batch, outputs, weight in MIXED]
         with self._observed("mixed traffic"):
             found = self.load.closed(traffic, MANY, self.plan.seconds)
         self.rows.append(of_load("mixed", GUARD, found, 0, MANY))
+        rate = MIXED_LOAD * found.requests / self.plan.seconds
+        self.rows.append(of_load("mixed", GUARD, self.load.open(traffic, rate, self.plan.seconds), 0, rate=rate))
 
     def soak(self) -> None:
-        """A long open loop, at a share of what the same generator reaches in a closed one: it is slower than perf_analyzer."""
-        if not self.plan.soak:
-            return
-        rate = SOAK_LOAD * self.load.closed([self._both(1)], MANY, self.plan.seconds).per_second
-        for turn in range(round(self.plan.soak / SOAK_CHUNK)):
-            found = self.load.open([self._both(1)], rate, SOAK_CHUNK, turn)
+        """Single images at Poisson arrivals for long. It ends with the first part in which a request fails."""
+        rate = self._rate(SOAK_LOAD)
+        seconds = min(self.plan.soak, SOAK_CHUNK)
+        parts = math.ceil(self.plan.soak / SOAK_CHUNK)
+        for _ in tracked(range(parts), "soak", parts):
+            try:
+                found = self.perf.measure(self.url, self.target.name, self.data, 1, 0, seconds, rate=round(rate, 1))
+            except NoisecError as error:
+                self.rows.append(of_failure("soak", GUARD, rate, str(error)))
+                return
             self.result.memory.append(statistics.usage(self.processes).memory_mb)
-            self.rows.append(of_load("soak", GUARD, found, 1, rate=rate, note=f"server {self.result.memory[-1]:.0f} MB"))
+            self.rows.append(of_perf("soak", GUARD, found, rate, f"server {self.result.memory[-1]:.1f} MB"))
 
     def against(self, peers: Sequence[Peer], work: Path) -> None:
         """Peers, each in turns with this server, under the same load from the same generator."""
