@@ -108,6 +108,12 @@ def test_rows_that_name_no_peer_count_with_every_one():
         assert over_peer(found, name)["per_second_1x1"] == 2
 
 
+def test_a_peer_is_found_by_its_name_as_it_is_written_and_as_a_command_line_takes_it():
+    assert compare.peers_named(["MLServer + alibi-detect", "mlserver-alibi-detect", "LITSERVE"]) == [ALIBI, ALIBI, LITSERVE]
+    with pytest.raises(NoisecError, match="--peers nobody: no such peer; there are litserve, .*, mlserver-alibi-detect"):
+        compare.peers_named(["litserve", "nobody"])
+
+
 @pytest.mark.parametrize("peer", [peer for peer in PEERS if peer != ALIBI], ids=lambda peer: peer.package)
 def test_a_peer_has_the_onnx_runtime_of_the_guard(peer):
     assert f"onnxruntime=={version('onnxruntime')}" in peer.requirements

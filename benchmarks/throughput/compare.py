@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -34,16 +35,21 @@ class Asked:
 
 
 def peers_named(names: Sequence[str]) -> list[Peer]:
-    """The peers of these names, whatever their case.
+    """The peers of these names, as they are written or as a command line takes them: ``mlserver-alibi-detect``.
 
     Raises:
         NoisecError: there is none of a name.
     """
-    known = {peer.name.lower(): peer for peer in PEERS}
-    unknown = sorted({name.lower() for name in names} - set(known))
+    known, asked = {plain(peer.name): peer for peer in PEERS}, [plain(name) for name in names]
+    unknown = sorted({*asked} - {*known})
     if unknown:
         raise NoisecError(f"--peers {', '.join(unknown)}: no such peer; there are {', '.join(known)}")
-    return [known[name.lower()] for name in names]
+    return [known[name] for name in asked]
+
+
+def plain(name: str) -> str:
+    """A name in lower case, with a hyphen where it has anything but letters and digits."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower())
 
 
 def compare_peer(

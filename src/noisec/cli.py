@@ -600,7 +600,7 @@ def throughput(
     url: Annotated[str | None, typer.Option("--url", "-u", help="gRPC address of a server with it; else one is started.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="The same figures in under 3 minutes; writes no tables or plots.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures as JSON; - for standard output.")] = None,
-    peers: Annotated[str, typer.Option(help="Other servers, with commas: litserve, bentoml, mlserver, pytriton, ...; or none.")] = "none",
+    peers: Annotated[str, typer.Option(help="Of litserve, bentoml, mlserver, pytriton, mlserver-alibi-detect; or none.")] = "none",
     soak: Annotated[float, typer.Option(help="Seconds at 80 % load in the end.", min=0)] = 0,
     seconds: Annotated[float | None, typer.Option(help="Of each measurement; 3, and 1 with --quick.", min=0.2)] = None,
     rounds: Annotated[int | None, typer.Option(help="In which what is compared takes turns; 5, and 3 with --quick.", min=1)] = None,
