@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint reference clean
+.PHONY: demo test lint reference native clean
 
 demo: $(INSTALLED)
 	$(BIN)/noisec demo
@@ -21,6 +21,10 @@ lint: $(INSTALLED)
 # Rebuild the guard in model_repository/ from the official Fashion-MNIST files.
 reference: $(INSTALLED)
 	$(BIN)/noisec build builders/guards/fashion_mnist.toml --repository model_repository
+
+# Triton's own ONNX Runtime backend for the embedded server, compiled from its sources: NOISEC_BACKENDS=build/backends takes it.
+native: $(INSTALLED)
+	PYTHON=$(BIN)/python sh python_backend/native_backend.sh build/backends
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

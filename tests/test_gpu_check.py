@@ -37,12 +37,14 @@ from noisec.builders.engine import gpus
 from noisec.builders.export import export_plain
 from noisec.builders.figures import Answers
 from noisec.builders.images import Splits
+from noisec.builders.layout import rearrange
 from noisec.builders.passes import fused_passes
 from noisec.builders.repository import ensemble_steps
 from noisec.builders.spec import PreprocessingSpec, ServingSpec, changed
 from noisec.builders.stages import in_process, on_gpu
 from noisec.builders.torchgraph import TorchGraph
 from noisec.builders.variants import NETWORK_STAGES
+from noisec.cli import app
 from noisec.errors import NoisecError
 from noisec.manifest import manifest_path, read_manifest, verify_repository, write_manifest
 from noisec.python_backend.runtimes.tensorrt import names
@@ -419,6 +421,18 @@ def test_a_check_of_which_nothing_is_prepared_says_what_to_run_first(tmp_path, m
     assert CliRunner().invoke(pack.app, arguments).exit_code == 0
     assert prepared == [(REPOSITORY, GUARD, folder)]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("serving", [ServingSpec(input="uint8"), ServingSpec(layout="single"), ServingSpec(layout="graph")])
+def test_a_guard_that_the_check_cannot_measure_is_refused_with_what_makes_it_one_that_it_can(tmp_path, serving):
+    rearrange(REPOSITORY, GUARD, serving, tmp_path / "guard")
+    with pytest.raises(NoisecError, match=f"input {serving.input} and layout {serving.layout}") as refused:
+        Guard.measurable(tmp_path / "guard", GUARD)
+    command = re.search(r"noisec arrange [^,]*", str(refused.value))
+    assert command
+    asked = [word if word != "measured" else str(tmp_path / word) for word in shlex.split(command[0])[1:]]
+    assert CliRunner().invoke(app, asked).exit_code == 0
+    assert Guard.measurable(tmp_path / "measured", GUARD).name == GUARD
 
 
 def test_the_help_says_that_tensorrt_does_not_travel():

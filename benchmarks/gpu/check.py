@@ -189,7 +189,7 @@ def run_check(repository: Path, name: str, folder: Path, out: Path) -> Result:
         raise NoisecError("no NVIDIA GPU on this machine: the GPU check measures one; nothing was written")
     if not torch.cuda.is_available():
         raise NoisecError(f"torch {torch.__version__} cannot use this machine's NVIDIA GPU: install a build for CUDA; nothing was written")
-    guard = Guard.newest(repository, name)
+    guard = Guard.measurable(repository, name)
     prepared = Prepared.load(folder, guard)
     result = Result(out, {**machine(), "guard": name, "release": guard.release})
     reference, images = in_process(guard.stages), prepared.splits.report[:VERIFIED].floats()

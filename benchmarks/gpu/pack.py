@@ -64,7 +64,7 @@ def prepare(repository: Path, name: str, folder: Path) -> None:
     The attacks are white-box, on the classifier as it lies in the repository. A precision that cannot be made here is left out, with the
     reason.
     """
-    guard = Guard.newest(repository, name)
+    guard = Guard.measurable(repository, name)
     splits = datasets.load_splits(guard.spec.data, guard.spec.seed, cache=folder.parent / "images")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -19,6 +19,8 @@ from noisec.errors import NoisecError
 
 PREPARED = Path("build/gpu/prepared")
 FACTS, ATTACKED = "prepared.json", "attacked"
+LAYOUTS = ("fused", "staged")
+"""that the check measures"""
 SETS = ("fit", "calibrate", "report")
 
 
@@ -82,6 +84,24 @@ class Guard(Release):
             infer: (stage, float32 [n, C, H, W], output names) -> output name -> float32 [n, ...]
         """
         return StageRunner.of(self.spec, infer)
+
+    @classmethod
+    def measurable(cls, repository: Path, name: str) -> Guard:
+        """The newest release of a guard.
+
+        Raises:
+            NoisecError: it is served as no ensemble of stages that take floats, which the check measures.
+        """
+        guard = cls.newest(repository, name)
+        serving = guard.spec.serving
+        if serving.input != "float32" or serving.layout not in LAYOUTS:
+            options = ["--guard", name, "--layout", LAYOUTS[0], "--input", "float32", "--out", "measured"]
+            command = shlex.join(["noisec", "arrange", str(repository), *options])
+            raise NoisecError(
+                f"{name} is served with input {serving.input} and layout {serving.layout}; the check measures stages that take float32 and "
+                f"are served as an ensemble: {command}, and then the check on that folder"
+            )
+        return guard
 
 
 def _first(folder: Path, guard: Guard) -> str:
