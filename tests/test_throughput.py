@@ -39,7 +39,7 @@ ROWS = [
     of_perf("side by side", "guard", Perf(1, MANY, 100, 1, 1, 1, 1)),
 ]
 """without which no page is written"""
-TINY = Plan(seconds=SHORT, rounds=1, batches=(8,), clients=(2,), singles=(1,), limits=(8,), loads=(0.5,))
+TINY = Plan(seconds=SHORT, rounds=1, batches=(8,), clients=(2,), singles=(1,), limits=(8,), loads=(0.9,))
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +204,14 @@ def test_perf_analyzer_measures_a_served_guard_with_real_images(server, perf, pi
         perf.measure(server.grpc_url, "nobody", data, batch=1, clients=1, seconds=SHORT)
 
 
+@pytest.mark.parametrize("evenly", [False, True])
+def test_perf_analyzer_keeps_to_the_rate_that_is_asked_for(server, perf, pixels, tmp_path, evenly):
+    data = write_images(tmp_path / "images.json", pixels)
+    found = perf.measure(server.grpc_url, GUARD, data, batch=1, clients=0, seconds=2, rate=100, evenly=evenly)
+    assert (found.batch, found.clients) == (1, 0)
+    assert found.per_second == pytest.approx(100, rel=0.02 if evenly else 0.2)
+
+
 def test_perf_analyzer_waits_for_as_many_large_requests_as_of_small_ones():
     assert long_enough(1.0, 1, 5000) == 1.0
     assert long_enough(1.0, 64, 640) == pytest.approx(REQUESTS * 0.1)
@@ -258,6 +266,7 @@ def test_a_run_writes_every_figure_and_keeps_those_of_other_guards(server, perf,
     assert "noisec bench throughput" in page
     assert page.count("met") >= 5
     assert "labels alone: >= 97%" in page
+    assert page.count("half the load") == 2
     with (out / GUARD / "measurements.csv").open() as file:
         parts = {row["part"] for row in csv.DictReader(file)}
     assert parts == {"limit", "batches and clients", "single images", "side by side", "labels", "one client", "arrivals", "mixed"}

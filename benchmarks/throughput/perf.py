@@ -35,6 +35,9 @@ UNSTABLE = 999
 """per cent by which they may differ: the benchmark has rounds of its own"""
 TOO_SHORT = ("No valid requests recorded", "Failed to obtain stable measurement")
 """what it says where no request, or a single one, came back in time"""
+SENDERS = 16
+"""threads that send at a rate, without waiting for answers: by itself perf_analyzer takes four that wait, and sends up to half of all
+requests late where half of a guard's throughput is asked for"""
 LONGER = 5
 """times that a measurement that was too short is made, each twice as long"""
 SAID = 500
@@ -78,7 +81,17 @@ class PerfAnalyzer:
         return done.stdout.strip()
 
     def measure(
-        self, url: str, model: str, data: Path, batch: int, clients: int, seconds: float, *, rate: float = 0.0, shared_memory: bool = False
+        self,
+        url: str,
+        model: str,
+        data: Path,
+        batch: int,
+        clients: int,
+        seconds: float,
+        *,
+        rate: float = 0.0,
+        evenly: bool = False,
+        shared_memory: bool = False,
     ) -> Perf:
         """Throughput and latency of a served model; every output is asked for.
 
@@ -86,13 +99,14 @@ class PerfAnalyzer:
             data: of :func:`write_images`
             clients: requests under way at any time
             seconds: length of the measurement, besides half of one for the start; more where no request ends in so short a time
-            rate: requests per second at Poisson arrivals, in place of ``clients``
+            rate: requests per second, in place of ``clients``, whether or not the ones before are answered
+            evenly: with a rate, equally far apart; else at Poisson arrivals
             shared_memory: images and answers through the system's shared memory, where server and client share a machine
 
         Raises:
             NoisecError: a request failed, or nothing was measured.
         """
-        load = [f"--request-rate-range={rate}", "--request-distribution=poisson"] if rate else [f"--concurrency-range={clients}"]
+        load = _arrivals(rate, evenly) if rate else [f"--concurrency-range={clients}"]
         memory = ["--shared-memory=system"] if shared_memory else []
         asked = ["-m", model, "-u", url, "-i", "grpc", f"--input-data={data}", "-b", str(batch), *load, *memory]
         with tempfile.TemporaryDirectory(prefix="noisec-perf-") as folder:
@@ -110,6 +124,11 @@ class PerfAnalyzer:
         window = f"--measurement-interval={max(1, round(1000 * seconds / WINDOWS))}"
         stable = [window, f"--max-trials={WINDOWS}", f"--stability-percentage={UNSTABLE}", "--percentile=50"]
         return subprocess.run([self.program, *asked, *stable], env=self.environment, capture_output=True, text=True)
+
+
+def _arrivals(rate: float, evenly: bool) -> list[str]:
+    spacing = "constant" if evenly else "poisson"
+    return [f"--request-rate-range={rate}", f"--request-distribution={spacing}", "--async", f"--max-threads={SENDERS}"]
 
 
 def read_report(path: Path, batch: int, clients: int) -> Perf:

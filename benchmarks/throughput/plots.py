@@ -10,7 +10,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-from noisec.benchmarks.throughput.rows import Row, choose, middle
+from noisec.benchmarks.throughput.rows import EVENLY, Row, choose, middle
 from noisec.benchmarks.throughput.summary import Summary
 
 PLOTS = {"throughput.png": "Throughput against concurrency", "latency.png": "Latency against load"}
@@ -39,12 +39,13 @@ def _throughput(rows: Sequence[Row], limit: float, path: Path) -> None:
 
 def _latency(rows: Sequence[Row], capacity: float, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    arrivals = choose(rows, "arrivals")
+    arrivals = [row for row in choose(rows, "arrivals") if row.note != EVENLY]
     rates = sorted({row.rate for row in arrivals})
     for name in ("p50_ms", "p95_ms", "p99_ms"):
         values = [middle([row for row in arrivals if row.rate == rate], name) for rate in rates]
         axes.plot([rate / capacity for rate in rates], values, marker="o", label=name.removesuffix("_ms"))
-    axes.set(xlabel="arrivals, as a share of the throughput of single images", ylabel="ms", yscale="log", title="Latency of single images")
+    axes.set(xlabel="Poisson arrivals, as a share of the throughput of single images", ylabel="ms", yscale="log")
+    axes.set_title("Latency of single images")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)

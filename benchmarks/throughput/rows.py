@@ -33,6 +33,9 @@ GUARD: Final = "guard"
 CLASSIFIER: Final = "classifier"
 LABELS = "guard, label only"
 NONE = float("nan")
+HALF = "0.5 of the throughput"
+"""note of single images at Poisson arrivals, at half of what many clients reach"""
+EVENLY = f"{HALF}, evenly spaced"
 MANY = 16
 """clients that send single images"""
 CONTENDERS = 2
@@ -52,7 +55,7 @@ class Row:
     clients: int
     """requests under way, or processes that compute; 0 where a rate was given"""
     rate: float
-    """requests per second at Poisson arrivals; 0 where clients were"""
+    """requests per second, at Poisson arrivals or evenly spaced; 0 where clients were"""
     per_second: float
     """images"""
     p50_ms: float

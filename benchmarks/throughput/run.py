@@ -25,7 +25,9 @@ from noisec.benchmarks.throughput.report import write_results
 from noisec.benchmarks.throughput.rows import (
     CLASSIFIER,
     CONTENDERS,
+    EVENLY,
     GUARD,
+    HALF,
     LABELS,
     MANY,
     Part,
@@ -55,6 +57,8 @@ REQUESTS = 80
 up to a seventh"""
 MORE = 3
 """times as many turns where what is compared differs by a few per cent"""
+ARRIVALS = 2.0
+"""seconds of arrivals at least, for the slowest hundredth of them"""
 SOAK_LOAD, SOAK_CHUNK = 0.8, 20.0
 """share of the throughput, and seconds between two looks at the memory"""
 MIXED_LOAD = 0.5
@@ -78,14 +82,14 @@ class Plan:
     """clients that send single images"""
     limits: tuple[int, ...] = (1, 8, 32, 64, 128)
     """batch sizes in process"""
-    loads: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 0.9)
-    """shares of the throughput of single images; .5 is always measured"""
+    loads: tuple[float, ...] = (0.1, 0.25, 0.75, 0.9)
+    """shares of the throughput of single images, besides half of it"""
     soak: float = 0.0
     """seconds at 80 % load"""
     peers: tuple[str, ...] = ()
 
 
-QUICK = Plan(seconds=1.0, rounds=3, batches=(8, 32), clients=(2, 4), singles=(1, 4, 16), limits=(1, 8, 32), loads=(0.5,))
+QUICK = Plan(seconds=1.0, rounds=3, batches=(8, 32), clients=(2, 4), singles=(1, 4, 16), limits=(1, 8, 32), loads=())
 """the same figures in less time"""
 
 
@@ -200,13 +204,11 @@ class Benchmark:
                 measure()
 
     def arrivals(self) -> None:
-        """Single images at Poisson arrivals, at shares of the throughput that many clients reach."""
+        """Single images at Poisson arrivals, at shares of the throughput that many clients reach; half of it evenly spaced as well."""
         for load in self.plan.loads:
-            for _ in range(self.plan.rounds if load == 0.5 else 1):
-                found = self.perf.measure(
-                    self.url, self.target.name, self.data, 1, 0, max(2.0, self.plan.seconds), rate=round(self._rate(load), 1)
-                )
-                self.rows.append(of_perf("arrivals", GUARD, found, self._rate(load), f"{load:g} of the throughput"))
+            self._arriving(load, f"{load:g} of the throughput")
+        for note in in_turns(self.plan.rounds, (HALF, EVENLY)):
+            self._arriving(0.5, note)
 
     def mixed(self) -> None:
         """Several batch sizes and choices of outputs at once: how many of them, and how long they take at Poisson arrivals."""
@@ -243,6 +245,11 @@ class Benchmark:
                     peer, work, self.target, self._both, self.load, sorted(loads), self.plan.seconds, self.plan.rounds
                 )
             self.result.absent |= dict.fromkeys([peer.name] * len(reasons), "".join(reasons))
+
+    def _arriving(self, load: float, note: str) -> None:
+        rate, seconds = self._rate(load), max(ARRIVALS, self.plan.seconds)
+        found = self.perf.measure(self.url, self.target.name, self.data, 1, 0, seconds, rate=round(rate, 1), evenly=note == EVENLY)
+        self.rows.append(of_perf("arrivals", GUARD, found, rate, note))
 
     def _rate(self, load: float) -> float:
         return load * middle(choose(self.rows, "side by side", tool="perf_analyzer", clients=MANY, batch=1))

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import TypedDict
 
-from noisec.benchmarks.throughput.rows import CLASSIFIER, GUARD, LABELS, MANY, Row, by_setting, choose, middle
+from noisec.benchmarks.throughput.rows import CLASSIFIER, GUARD, HALF, LABELS, MANY, Row, by_setting, choose, middle
 
 
 class PeerFigures(TypedDict):
@@ -40,7 +40,7 @@ def summary_of(rows: Sequence[Row]) -> Summary:
     limit = highest(choose(rows, "side by side", tool="in process"))
     served = by_setting(choose(rows, "side by side", tool="perf_analyzer"))[0]
     single = middle(choose(rows, "side by side", tool="perf_analyzer", batch=1, clients=MANY))
-    half = choose(rows, "arrivals", note="0.5 of the throughput")
+    half = choose(rows, "arrivals", note=HALF)
     return {
         "limit_per_second": limit,
         "served_per_second": middle(served),
