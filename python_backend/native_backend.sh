@@ -32,8 +32,7 @@ git -c advice.detachedHead=false clone --quiet --depth 1 --branch "v$version" --
 git -C "$work/onnxruntime" sparse-checkout set --no-cone /include/onnxruntime/core/session
 
 target=$out/onnxruntime
-mkdir -p "$target" "$work/objects"
-cp "$library" "$target/libonnxruntime.so.1"
+mkdir "$work/objects"
 find "$work/backend/src" "$work/onnxruntime_backend/src" -maxdepth 1 -name '*.cc' ! -name device_memory_tracker.cc >"$work/sources"
 printf "$work/common/src/%s.cc\n" async_work_queue error thread_pool >>"$work/sources"
 headers="$work/onnxruntime/include $work/onnxruntime/include/onnxruntime/core/session $work/onnxruntime_backend/src"
@@ -41,6 +40,9 @@ headers="$headers $work/backend/include $work/core/include $work/common/include"
 # shellcheck disable=SC2046,SC2086 # several words each; a folder of mktemp has no spaces
 xargs -P "$(nproc)" -I{} sh -c 'g++ "$@" -c {} -o "$0/$(basename {} .cc).o"' "$work/objects" \
     -std=c++17 -O2 -fPIC -w -DTRITON_ENABLE_STATS=1 -DTRITON_ENABLE_LOGGING=1 $(printf -- '-I%s ' $headers) <"$work/sources"
-g++ -shared -o "$target/libtriton_onnxruntime.so" "$work"/objects/*.o "$target/libonnxruntime.so.1" -lpthread -ldl \
+g++ -shared -o "$work/libtriton_onnxruntime.so" "$work"/objects/*.o "$library" -lpthread -ldl \
     -Wl,--version-script="$work/onnxruntime_backend/src/libtriton_onnxruntime.ldscript" -Wl,-rpath,'$ORIGIN'
+mkdir -p "$target"
+cp "$library" "$target/libonnxruntime.so.1"
+cp "$work/libtriton_onnxruntime.so" "$target"
 echo "$target: Triton's own ONNX Runtime backend $release, with ONNX Runtime $version; serve with NOISEC_BACKENDS=$out"

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from importlib.metadata import version
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from conftest import GUARD, REPOSITORY
 
 from noisec.benchmarks.throughput import compare, report, rows
 from noisec.benchmarks.throughput.load import Load, Traffic
 from noisec.benchmarks.throughput.peers.registry import ALIBI, LITSERVE, PEERS
+from noisec.benchmarks.throughput.peers.running import family
 from noisec.benchmarks.throughput.peers.servers.compute import open_session
 from noisec.benchmarks.throughput.rows import MANY, Row
 from noisec.benchmarks.throughput.run import Result
@@ -19,6 +23,10 @@ from noisec.benchmarks.throughput.summary import over_peer, peer_figures
 from noisec.benchmarks.throughput.target import Target
 from noisec.contract import stage_model
 from noisec.errors import NoisecError
+
+NOBODY = 2**30
+"""no process has this pid"""
+OWN = compare.Asked(rows.GUARD, "LitServe", lambda batch: Traffic(None, batch), ())
 
 
 def loaded(per_second: float) -> Load:
@@ -38,7 +46,7 @@ def test_settings_that_were_lucky_once_have_to_win_again(tmp_path, monkeypatch):
     def running(peer, environment, repository, guard, settings):
         alive.append(settings)
         most.append(len(alive))
-        yield SimpleNamespace(port=settings)
+        yield SimpleNamespace(port=settings, pid=NOBODY)
         alive.remove(settings)
 
     def closed(traffic, clients, seconds):
@@ -48,7 +56,7 @@ def test_settings_that_were_lucky_once_have_to_win_again(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "prepare", lambda peer, work: work)
     monkeypatch.setattr(compare, "running", running)
     generator, target = SimpleNamespace(closed=closed), Target.newest(REPOSITORY, GUARD)
-    found = compare.compare_peer(LITSERVE, tmp_path, target, lambda batch: Traffic(None, batch), generator, [(1, 1)], 1.0, 1)
+    found = compare.compare_peer(LITSERVE, tmp_path, target, OWN, generator, [(1, 1)], 1.0, 1)
     against = [(row.what, row.note, row.per_second) for row in found if row.part == "peers"]
     assert against == [("LitServe", f"{good}; {LITSERVE.encoding}", 150), ("guard", "LitServe", 60)]
     assert len(found) == len(LITSERVE.settings) + 2 * compare.MEETINGS + len(against)
@@ -65,14 +73,48 @@ def test_a_server_may_fail_to_start_once(tmp_path, monkeypatch, failures):
         if left[settings]:
             left[settings] -= 1
             raise NoisecError("its processes missed each other")
-        yield SimpleNamespace(port=0)
+        yield SimpleNamespace(port=0, pid=NOBODY)
 
     monkeypatch.setattr(compare, "prepare", lambda peer, work: work)
     monkeypatch.setattr(compare, "running", running)
     generator, target = SimpleNamespace(closed=lambda traffic, clients, seconds: loaded(50)), Target.newest(REPOSITORY, GUARD)
     with pytest.raises(NoisecError, match="missed each other") if failures > 1 else nullcontext():
-        found = compare.compare_peer(LITSERVE, tmp_path, target, lambda batch: Traffic(None, batch), generator, [(1, 1)], 1.0, 1)
+        found = compare.compare_peer(LITSERVE, tmp_path, target, OWN, generator, [(1, 1)], 1.0, 1)
         assert [row.what for row in found if row.part == "peers"] == ["LitServe", "guard"]
+
+
+def test_servers_that_are_not_measured_stand_still(tmp_path, monkeypatch):
+    peer, own = {}, {}
+    seen = []
+
+    @contextmanager
+    def sleeping(known):
+        with subprocess.Popen(["sh", "-c", "sleep 60 & wait"]) as shell:
+            try:
+                known[shell.pid] = family(shell.pid)
+                yield SimpleNamespace(port=0, pid=shell.pid)
+            finally:
+                for process in family(shell.pid):
+                    process.kill()
+                del known[shell.pid]
+
+    def closed(traffic, clients, seconds):
+        seen.append(
+            [traffic[0].connect is None, *(any(moves(process) for one in servers.values() for process in one) for servers in (peer, own))]
+        )
+        return loaded(50)
+
+    monkeypatch.setattr(compare, "prepare", lambda peer, work: work)
+    monkeypatch.setattr(compare, "running", lambda *_: sleeping(peer))
+    with sleeping(own) as server:
+        guard, target = replace(OWN, pids=(server.pid, NOBODY)), Target.newest(REPOSITORY, GUARD)
+        compare.compare_peer(LITSERVE, tmp_path, target, guard, SimpleNamespace(closed=closed), [(1, 1)], 1.0, 2)
+        assert seen[-4:] == [[False, True, False], [True, False, True], [True, False, True], [False, True, False]]
+        assert all(moves(process) for process in own[server.pid])
+
+
+def moves(process: psutil.Process) -> bool:
+    return process.status() != psutil.STATUS_STOPPED
 
 
 def test_a_peer_is_measured_against_the_turns_that_the_guard_took_with_it():

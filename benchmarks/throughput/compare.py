@@ -12,8 +12,8 @@ from pathlib import Path
 from noisec.benchmarks.throughput.load import Generator, Sender, Traffic
 from noisec.benchmarks.throughput.peers.environments import prepare
 from noisec.benchmarks.throughput.peers.registry import PEERS, Peer, Settings
-from noisec.benchmarks.throughput.peers.running import Running, running
-from noisec.benchmarks.throughput.rows import CONTENDERS, GUARD, Part, Row, by_setting, choose, in_turns, of_load
+from noisec.benchmarks.throughput.peers.running import Running, running, stopped
+from noisec.benchmarks.throughput.rows import CONTENDERS, Part, Row, by_setting, choose, in_turns, of_load
 from noisec.benchmarks.throughput.target import Target
 from noisec.builders.progress import console
 from noisec.errors import NoisecError
@@ -32,6 +32,8 @@ class Asked:
     note: str
     traffic: Callable[[int], Traffic]
     """requests to it, by batch size"""
+    pids: tuple[int, ...]
+    """of its processes, or of those that all others descend from; none where it runs elsewhere"""
 
 
 def peers_named(names: Sequence[str]) -> list[Peer]:
@@ -56,7 +58,7 @@ def compare_peer(
     peer: Peer,
     work: Path,
     target: Target,
-    own: Callable[[int], Traffic],
+    own: Asked,
     load: Generator,
     loads: Sequence[tuple[int, int]],
     seconds: float,
@@ -66,7 +68,7 @@ def compare_peer(
 
     Args:
         work: folder for the peers' environments
-        own: requests to this server, by batch size
+        own: this server, its rows noted with the peer's name
         loads: batch size and clients
 
     Returns:
@@ -83,7 +85,7 @@ def compare_peer(
     def started(note: str) -> Iterator[Asked]:
         with ExitStack() as stack:
             server = at_second_try(lambda: stack.enter_context(running(peer, environment, target.repository, target.name, known[note])))
-            yield Asked(peer.name, note, partial(Traffic, partial(connection, peer.name, target.name, server.port)))
+            yield Asked(peer.name, note, partial(Traffic, partial(connection, peer.name, target.name, server.port)), (server.pid,))
 
     def asked(part: Part, notes: Notes, chosen: Sequence[tuple[int, int]], turns: int, *others: Asked) -> list[Row]:
         rows: list[Row] = []
@@ -91,7 +93,8 @@ def compare_peer(
             servers = [*(stack.enter_context(started(note)) for note in notes), *others]
             for batch, clients in chosen:
                 for one in in_turns(turns, servers):
-                    found = load.closed([one.traffic(batch)], clients, seconds)
+                    with stopped(pid for other in servers if other is not one for pid in other.pids):
+                        found = load.closed([one.traffic(batch)], clients, seconds)
                     rows.append(of_load(part, one.what, found, batch, clients, note=one.note))
         return rows
 
@@ -107,7 +110,7 @@ def compare_peer(
             met += asked("peer settings", notes, chosen, MEETINGS)
     judged = [row for at in loads for row in _at(met, at) or _at(tried, at)]  # by what was tried where two at once do not start
     for notes, chosen in fastest(judged, loads, 1).items():
-        against += asked("peers", notes, chosen, rounds, Asked(GUARD, peer.name, own))
+        against += asked("peers", notes, chosen, rounds, own)
     return tried + met + against
 
 

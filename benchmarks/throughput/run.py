@@ -235,15 +235,15 @@ class Benchmark:
 
     def against(self, peers: Sequence[Peer], work: Path) -> None:
         """Peers, each in turns with this server, under the same load from the same generator."""
-        from noisec.benchmarks.throughput.compare import compare_peer, noting
+        from noisec.benchmarks.throughput.compare import Asked, compare_peer, noting
 
         loads = {(1, 1), (1, MANY), (self.best.batch, self.best.clients)}
+        pids = tuple(process.pid for process in self.processes)
         for peer in peers:
             reasons: list[str] = []
             with noting(reasons):
-                self.rows += compare_peer(
-                    peer, work, self.target, self._both, self.load, sorted(loads), self.plan.seconds, self.plan.rounds
-                )
+                own = Asked(GUARD, peer.name, self._both, pids)
+                self.rows += compare_peer(peer, work, self.target, own, self.load, sorted(loads), self.plan.seconds, self.plan.rounds)
             self.result.absent |= dict.fromkeys([peer.name] * len(reasons), "".join(reasons))
 
     def _arriving(self, load: float, note: str) -> None:

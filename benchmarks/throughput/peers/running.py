@@ -11,7 +11,7 @@ import subprocess
 import sysconfig
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -149,10 +149,7 @@ def _end_of(log: Path) -> str:
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Interrupt the server as Ctrl-C does (SIGTERM leaves LitServe's workers alive), then end what is left of it, children that left its
     process group included."""
-    family = [process.pid]
-    with suppress(psutil.NoSuchProcess):
-        family += [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
-    members = [member for pid in family for member in _alive(pid)]
+    members = family(process.pid)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGINT)
     _, left = psutil.wait_procs(members, timeout=STOP_SECONDS)
@@ -165,11 +162,28 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     psutil.wait_procs(left, timeout=STOP_SECONDS)
 
 
-def _alive(pid: int) -> list[psutil.Process]:
+def family(pid: int) -> list[psutil.Process]:
+    """A process and its descendants, those of them that are there."""
     try:
-        return [psutil.Process(pid)]
+        parent = psutil.Process(pid)
+        return [parent, *parent.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
+
+
+@contextmanager
+def stopped(pids: Iterable[int]) -> Iterator[None]:
+    """These processes and their descendants stand still: some servers poll while they wait, with up to a quarter of a core, which would be
+    taken from the server that is measured."""
+    members = [member for pid in pids for member in family(pid)]
+    try:
+        for member in members:
+            member.suspend()
+        yield
+    finally:
+        for member in members:
+            with suppress(psutil.NoSuchProcess):
+                member.resume()
 
 
 def _check_silent(peer: Peer, ports: list[int]) -> None:
