@@ -59,8 +59,9 @@ MORE = 3
 """times as many turns where what is compared differs by a few per cent"""
 ARRIVALS = 2.0
 """seconds of arrivals at least, for the slowest hundredth of them"""
-SOAK_LOAD, SOAK_CHUNK = 0.8, 20.0
-"""share of the throughput, and seconds between two looks at the memory"""
+SOAK_LOAD, SOAK_CHUNK = 0.8, 6.0
+"""share of the throughput, and seconds of each of its parts, between which memory is looked at. After each third of a part perf_analyzer
+adds up its requests, which takes it one core for about 15 us each, and requests wait: in parts of 20 s up to half a second"""
 MIXED_LOAD = 0.5
 """share of mixed traffic's throughput at which its latency is measured"""
 MIXED = ((1, contract.OUTPUTS, 0.5), (1, (contract.LOGITS,), 0.2), (8, contract.OUTPUTS, 0.2), (8, contract.VERDICT, 0.1))
