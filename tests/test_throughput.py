@@ -35,8 +35,8 @@ SHORT = 0.3
 FIGURES = Summary(**dict.fromkeys(Summary.__annotations__, 1.0))
 ROWS = [
     of_speed("one client", Speed(CLASSIFIER, 1, 1, 1, 1.0, 1.0)),
-    of_perf("one client", CLASSIFIER, Perf(1, 1, 1, 1, 1, 1, 1)),
-    of_perf("side by side", "guard", Perf(1, MANY, 100, 1, 1, 1, 1)),
+    of_perf("one client", CLASSIFIER, Perf(1, 1, 1, 1, 1, 1)),
+    of_perf("side by side", "guard", Perf(1, MANY, 100, 1, 1, 1)),
 ]
 """without which no page is written"""
 TINY = Plan(seconds=SHORT, rounds=1, batches=(8,), clients=(2,), singles=(1,), limits=(8,), loads=(0.9,))
@@ -198,7 +198,7 @@ def test_perf_analyzer_measures_a_served_guard_with_real_images(server, perf, pi
     found, stages = counted(server, lambda: perf.measure(server.grpc_url, GUARD, data, batch=4, clients=2, seconds=SHORT))
     assert (found.batch, found.clients) == (4, 2)
     assert found.per_second > 0
-    assert 0 < found.p50_ms <= found.p90_ms <= found.p95_ms <= found.p99_ms
+    assert 0 < found.p50_ms <= found.p95_ms <= found.p99_ms
     assert stages[GUARD].images == 4 * stages[GUARD].requests > 0
     with pytest.raises(NoisecError, match="unknown model"):
         perf.measure(server.grpc_url, "nobody", data, batch=1, clients=1, seconds=SHORT)

@@ -23,6 +23,7 @@ from noisec.benchmarks.throughput.peers.servers.compute import ANSWERS, columns,
 from noisec.builders.layout import rearrange
 from noisec.builders.spec import ServingSpec
 from noisec.errors import NoisecError
+from noisec.python_backend.scorer.guard import PART
 
 SCORE_DIFFERENCE = 1e-2
 """largest difference, of scores relative to 1 + score: batches of other sizes round differently, and the scales are steep in places"""
@@ -75,6 +76,18 @@ def test_a_peer_of_a_fused_guard_makes_no_pass_twice(computing, images, served, 
 def test_a_peer_of_a_guard_in_one_model_computes_its_one_graph(layout, images, served, tmp_path):
     rearrange(REPOSITORY, GUARD, ServingSpec(layout=layout), tmp_path)
     assert_same(open_guard(tmp_path, GUARD)(images), served)
+
+
+def test_a_peer_of_a_guard_in_one_process_computes_as_many_images_at_a_time(images, served, tmp_path):
+    rearrange(REPOSITORY, GUARD, ServingSpec(layout="single"), tmp_path)
+    single, seen = open_guard(tmp_path, GUARD), []
+    run = single._whole.run
+    single._whole = SimpleNamespace(
+        run=lambda outputs, inputs: seen.append(len(inputs["IMAGE"])) or run(outputs, inputs), get_outputs=single._whole.get_outputs
+    )
+    assert_same(single(images), served)
+    assert max(seen) == PART
+    assert sum(seen) == len(images)
 
 
 def test_requests_joined_by_a_peer_keep_their_own_answers(computing, images, served):

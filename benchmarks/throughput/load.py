@@ -56,6 +56,8 @@ class Load:
     p95_ms: float
     p99_ms: float
     failed: int
+    reason: str = ""
+    """why the first of them did"""
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,14 @@ class _Tally:
     latencies: list[float] = field(default_factory=list)
     images: int = 0
     failed: int = 0
+    reason: str = ""
 
     def load(self, seconds: float, images: float) -> Load:
         """``images`` are those that the throughput is made of."""
         p50, p95, p99 = np.percentile(self.latencies, [50, 95, 99]) * 1000 if self.latencies else (float("nan"),) * 3
-        return Load(len(self.latencies), self.images, seconds, images / seconds, float(p50), float(p95), float(p99), self.failed)
+        return Load(
+            len(self.latencies), self.images, seconds, images / seconds, float(p50), float(p95), float(p99), self.failed, self.reason
+        )
 
 
 class Requests:
@@ -123,11 +128,11 @@ async def closed_loop(
         async def client(own: Sequence[Sender]) -> None:
             while (begin := time.perf_counter()) < stop:
                 kind, batch = requests.next()
-                failed = await _fails(own[kind], batch)
+                failure = await _failure(own[kind], batch)
                 end = time.perf_counter()
                 if start <= end <= stop:
-                    _note(tally, None if failed else end - begin, len(batch))
-                if failed:
+                    _note(tally, end - begin, len(batch), failure)
+                if failure:
                     await asyncio.sleep(BACKOFF)
                 else:
                     inside.append(len(batch) * (max(0.0, min(end, stop) - max(begin, start)) / (end - begin)))
@@ -150,13 +155,13 @@ async def open_loop(traffic: Sequence[Traffic], images: Images, rate: float, sec
         senders = [[await stack.enter_async_context(one.connect()) for one in traffic] for _ in range(connections)]
         for own in senders:
             for one, kind in zip(own, traffic, strict=True):
-                await _fails(one, images[: kind.batch])  # opens the connection
+                await _failure(one, images[: kind.batch])  # opens the connection
         start, all_sent, loop = time.perf_counter() + 0.05, asyncio.Event(), asyncio.get_running_loop()
 
         async def send(arrival: float) -> None:
             kind, batch = requests.next()
-            failed = await _fails(senders[len(tasks) % connections][kind], batch)
-            _note(tally, None if failed else time.perf_counter() - arrival, len(batch))
+            failure = await _failure(senders[len(tasks) % connections][kind], batch)
+            _note(tally, time.perf_counter() - arrival, len(batch), failure)
 
         def arrive(arrival: float) -> None:
             tasks.append(loop.create_task(send(arrival)))
@@ -180,17 +185,19 @@ def arrivals(rate: float, seconds: float, seed: int) -> npt.NDArray[np.float64]:
     return times[times < seconds]
 
 
-async def _fails(send: Sender, images: Images) -> bool:
+async def _failure(send: Sender, images: Images) -> str:
+    """Why a request was not answered; nothing where it was."""
     try:
         await send(images)
-    except Exception:  # whatever a sender raises is a request that was not answered
-        return True
-    return False
+    except Exception as error:  # whatever a sender raises is a request that was not answered
+        return str(error) or type(error).__name__
+    return ""
 
 
-def _note(tally: _Tally, latency: float | None, images: int) -> None:
-    if latency is None:
+def _note(tally: _Tally, latency: float, images: int, failure: str) -> None:
+    if failure:
         tally.failed += 1
+        tally.reason = tally.reason or failure
     else:
         tally.latencies.append(latency)
         tally.images += images
@@ -257,7 +264,7 @@ class Generator:
 
 def _answered(load: Load) -> Load:
     if not load.requests:
-        raise NoisecError(f"not one request was answered; {load.failed} failed")
+        raise NoisecError(f"not one request was answered; {load.failed} failed, the first one with: {load.reason or 'no answer in time'}")
     return load
 
 

@@ -54,7 +54,6 @@ class Perf:
     per_second: float
     """images"""
     p50_ms: float
-    p90_ms: float
     p95_ms: float
     p99_ms: float
 
@@ -117,7 +116,8 @@ class PerfAnalyzer:
                     break
             if done.returncode or not report.is_file():
                 said = " ".join(f"{done.stderr}\n{done.stdout}".split())[:SAID]
-                raise NoisecError(f"perf_analyzer, {model}, batch {batch}, {clients} clients: exit code {done.returncode}: {said}")
+                asking = f"{rate:g} requests a second" if rate else f"{clients} clients"
+                raise NoisecError(f"perf_analyzer, {model}, batch {batch}, {asking}: exit code {done.returncode}: {said}")
             return read_report(report, batch, 0 if rate else clients)
 
     def _run(self, asked: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
@@ -141,7 +141,7 @@ def read_report(path: Path, batch: int, clients: int) -> Perf:
         rows = list(csv.DictReader(file))
     if len(rows) != 1:
         raise NoisecError(f"perf_analyzer measured {len(rows)} settings where one was asked for: give it more seconds")
-    times = [float(rows[0][f"{name} latency"]) / 1000 for name in ("p50", "p90", "p95", "p99")]
+    times = [float(rows[0][f"{name} latency"]) / 1000 for name in ("p50", "p95", "p99")]
     return Perf(batch, clients, float(rows[0]["Inferences/Second"]), *times)
 
 

@@ -152,8 +152,23 @@ def peer_table(result: Result) -> str:
     if not names and not result.absent:
         return ""
     rows = [line for name in names for line in _beside(result.rows, name)]
-    table = markdown_table(["server", "encoding", "1 image, 1 client", f"1 image, {MANY} clients", "saturated", "failed"], rows)
-    return "\n\n".join([table] * bool(names) + [f"{name} was not measured: {reason}" for name, reason in result.absent.items()])
+    heads = [
+        "server",
+        "encoding",
+        "1 image, 1 client",
+        f"1 image, {MANY} clients",
+        f"the most of these and of {_batches(result.rows)}",
+        "failed",
+    ]
+    return "\n\n".join(
+        [markdown_table(heads, rows)] * bool(names) + [f"{name} was not measured: {reason}" for name, reason in result.absent.items()]
+    )
+
+
+def _batches(rows: Sequence[Row]) -> str:
+    """The load of batches that every peer has: the one that is this server's best."""
+    loads = {(row.batch, row.clients) for row in choose(rows, "peers")} - {(1, 1), (1, MANY)}
+    return ", ".join(f"{batch} images, {clients} clients" for batch, clients in sorted(loads)) or "no others"
 
 
 def _beside(rows: Sequence[Row], name: str) -> list[list[str]]:
@@ -170,7 +185,18 @@ def _beside(rows: Sequence[Row], name: str) -> list[list[str]]:
 
 def stage_table(observations: Sequence[Observation]) -> str:
     """Triton's statistics; rounds of the same load one below the other."""
-    heads = ["during", "model", "requests", "images a batch", "queue ms", "input ms", "infer ms", "output ms", "cores busy", "server MB"]
+    heads = [
+        "during",
+        "model",
+        "requests",
+        "images a batch",
+        "queue ms",
+        "input ms",
+        "infer ms",
+        "output ms",
+        "processor ms an image",
+        "server MB",
+    ]
     rows = [
         [
             one.during,
@@ -178,7 +204,7 @@ def stage_table(observations: Sequence[Observation]) -> str:
             str(stage.requests),
             f"{stage.mean_batch:.1f}",
             *(f"{value:.2f}" for value in (stage.queue_ms, stage.input_ms, stage.infer_ms, stage.output_ms)),
-            _cell(one.cores),
+            _cell(one.cpu_ms),
             _cell(one.memory_mb, 0),
         ]
         for one in observations
@@ -243,7 +269,7 @@ def _soak_table(result: Result) -> str:
     if not answered:
         return "\n\n".join(row.note for row in rows)
     images, tail = sum(row.per_second for row in answered) / len(answered), max(row.p99_ms for row in answered)
-    memory = f"memory {result.memory[0]:,.1f} MB at the start, {result.memory[-1]:,.1f} MB at the end"
+    memory = f"memory {result.memory[0]:,.1f} MB after the first part, {result.memory[-1]:,.1f} MB after the last one"
     found = f"{images:,.0f} images/s in {len(answered)} parts; p99 {tail:.1f} ms in the worst part; {memory}."
     return "\n\n".join([found, *(row.note for row in rows if row.failed)])
 

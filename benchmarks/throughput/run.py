@@ -42,7 +42,7 @@ from noisec.benchmarks.throughput.rows import (
     of_speed,
 )
 from noisec.benchmarks.throughput.summary import Summary, summary_of
-from noisec.benchmarks.throughput.target import CORES, IMAGES, Target
+from noisec.benchmarks.throughput.target import CORES, Target
 from noisec.builders.progress import console, tracked
 from noisec.builders.spec import GuardSpec
 from noisec.clients.requests import Pixels
@@ -62,6 +62,8 @@ ARRIVALS = 2.0
 SOAK_LOAD, SOAK_CHUNK = 0.8, 6.0
 """share of the throughput, and seconds of each of its parts, between which memory is looked at. After each third of a part perf_analyzer
 adds up its requests, which takes it one core for about 15 us each, and requests wait: in parts of 20 s up to half a second"""
+SHORTEST_SOAK = 5 * SOAK_CHUNK
+"""seconds: the memory of its last fifth is compared with that of the first"""
 MIXED_LOAD = 0.5
 """share of mixed traffic's throughput at which its latency is measured"""
 MIXED = ((1, contract.OUTPUTS, 0.5), (1, (contract.LOGITS,), 0.2), (8, contract.OUTPUTS, 0.2), (8, contract.VERDICT, 0.1))
@@ -105,8 +107,8 @@ class Observation:
 
     during: str
     stages: list[statistics.Stage]
-    cores: float
-    """processor seconds per second of the server's processes; NaN where they are not on this machine"""
+    cpu_ms: float
+    """processor time of the server's processes for each image; NaN where they are not on this machine"""
     memory_mb: float
 
 
@@ -152,7 +154,7 @@ class Benchmark:
 
     def limit(self) -> None:
         """Processes, threads and batch sizes, without a server."""
-        plan, batches = self.plan, [size for size in self.plan.limits if size <= IMAGES]
+        plan, batches = self.plan, [size for size in self.plan.limits if size <= len(self.images)]
         found = sweep(self.target, self.images, ("guard", "classifier"), batches, CORES, plan.seconds / 2, max(1, plan.rounds // 2))
         self.best_limits = fastest(found, "guard", CONTENDERS)
         self.rows += [of_speed("limit", speed) for speed in found]
@@ -213,7 +215,8 @@ class Benchmark:
 
     def mixed(self) -> None:
         """Several batch sizes and choices of outputs at once: how many of them, and how long they take at Poisson arrivals."""
-        traffic = [Traffic(self._connect(self.target.asked(outputs), outputs), batch, weight) for batch, outputs, weight in MIXED]
+        kinds = [(min(batch, self.target.largest), self.target.asked(outputs), outputs, weight) for batch, outputs, weight in MIXED]
+        traffic = [Traffic(self._connect(model, outputs), batch, weight) for batch, model, outputs, weight in kinds]
         with self._observed("mixed traffic"):
             found = self.load.closed(traffic, MANY, self.plan.seconds)
         self.rows.append(of_load("mixed", GUARD, found, 0, MANY))
@@ -277,11 +280,12 @@ class Benchmark:
     @contextmanager
     def _observed(self, during: str) -> Iterator[None]:
         models, own = manifest.models(self.target.name), self.processes
-        before, used, start = statistics.read(self.url, models), statistics.usage(own), time.monotonic()
+        before, used = statistics.read(self.url, models), statistics.usage(own)
         yield
-        after, now = statistics.read(self.url, models), statistics.usage(own)
-        spent = (now.cpu_seconds - used.cpu_seconds) / (time.monotonic() - start) if own else float("nan")
-        self.result.observations.append(Observation(during, statistics.between(before, after), spent, now.memory_mb))
+        stages, now = statistics.between(before, statistics.read(self.url, models)), statistics.usage(own)
+        images = next(stage.images for stage in stages if stage.model == self.target.name)
+        spent = 1000 * (now.cpu_seconds - used.cpu_seconds) / images if own else float("nan")
+        self.result.observations.append(Observation(during, stages, spent, now.memory_mb))
 
 
 def run_benchmark(repository: Path, guard: str, plan: Plan, work: Path, out: Path | None, url: str | None, command: str) -> Summary:
@@ -299,13 +303,13 @@ def run_benchmark(repository: Path, guard: str, plan: Plan, work: Path, out: Pat
     peers = peers_named(plan.peers)
     start, target, perf = time.monotonic(), Target.newest(repository, guard), find_perf_analyzer()
     images = target.images(work / guard / "images")
-    if plan.soak and url:
-        raise NoisecError(f"--soak {plan.soak:g} with --url {url}: the memory of a server elsewhere cannot be seen; leave one of them out")
+    _check(plan, target, url)
     with (
         tempfile.TemporaryDirectory(prefix="noisec-throughput-") as folder,
         _serving(repository, url) as address,
         generator(images) as load,
     ):
+        statistics.read(address, manifest.models(guard))  # every stage is asked, the bare classifier by itself
         data = write_images(Path(folder, "images.json"), images)
         benchmark = Benchmark(target, address, plan, perf, data, images, load, here=url is None)
         result = benchmark.run()
@@ -317,6 +321,22 @@ def run_benchmark(repository: Path, guard: str, plan: Plan, work: Path, out: Pat
         write_results(guard, result, summary, facts, out)
         console.print(f"{out / guard}: {len(result.rows)} measurements")
     return summary
+
+
+def _check(plan: Plan, target: Target, url: str | None) -> None:
+    """
+    Raises:
+        NoisecError: part of the plan cannot be measured.
+    """
+    if plan.soak and url:
+        raise NoisecError(f"--soak {plan.soak:g} with --url {url}: the memory of a server elsewhere cannot be seen; leave one of them out")
+    if 0 < plan.soak < SHORTEST_SOAK:
+        raise NoisecError(f"--soak {plan.soak:g}: whether memory grows takes {SHORTEST_SOAK:g} s at least; the usual length is 600")
+    if plan.peers and target.spec.serving.input == "uint8":
+        raise NoisecError(
+            f'--peers {",".join(plan.peers)}: {target.name} takes bytes (serving.input = "uint8"), other servers are asked with floats; '
+            "leave --peers out, or measure a copy of it that takes floats (noisec arrange)"
+        )
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def read(url: str, models: Sequence[str]) -> Reading:
         try:
             return {model: client.get_inference_statistics(model).model_stats[-1] for model in models}
         except triton_grpc.InferenceServerException as error:
-            raise NoisecError(f"{url}: no statistics: {error.message()}") from error
+            raise NoisecError(f"{url}: no statistics: {error.message()}; the server has to have loaded {', '.join(models)}") from error
 
 
 def between(before: Reading, after: Reading) -> list[Stage]:

@@ -13,7 +13,8 @@ from noisec.benchmarks.throughput.rows import CLASSIFIER, GUARD, HALF, LABELS, M
 
 
 class PeerFigures(TypedDict):
-    """Images per second of a server, each at the settings that are its best for that load."""
+    """Images per second of a server, each at the settings that are its best for that load; saturated: the most of these loads and of the
+    guard's own best one."""
 
     per_second_1x1: float
     per_second_single_image: float
@@ -77,8 +78,8 @@ def peer_figures(rows: Sequence[Row], name: str) -> PeerFigures:
 
 
 def turns_with(rows: Sequence[Row], name: str) -> list[Row]:
-    """The guard's own turns with a peer; those with every peer where the rows, of an earlier version, name none."""
-    return [row for row in choose(rows, "peers", what=GUARD) if row.note in (name, "")]
+    """The guard's own turns with a peer."""
+    return choose(rows, "peers", what=GUARD, note=name)
 
 
 def figures_with(rows: Sequence[Row], name: str) -> PeerFigures:

@@ -320,6 +320,7 @@ def classify(
     url: Url = "localhost:8001",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the verdicts as JSON; - for standard output.")] = None,
     labels_only: Annotated[bool, typer.Option(help="Ask only for labels: the server runs only the classifier.")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds that a request may take.", min=0.001)] = 30.0,
 ) -> None:
     """Ask a served guard about images.
 
@@ -329,7 +330,7 @@ def classify(
     from noisec.clients import GuardClient
     from noisec.clients.files import read_images, verdict_rows
 
-    with GuardClient(url, guard) as client:
+    with GuardClient(url, guard, timeout=timeout) as client:
         names, images = read_images(files, client.interface)
         rows = verdict_rows(names, client.classify(images, labels_only=labels_only), client.interface)
     if json_file != Path("-"):
@@ -616,6 +617,8 @@ def throughput(
 
     from noisec.benchmarks.throughput.run import QUICK, Plan, run_benchmark
 
+    if quick and soak:
+        raise NoisecError(f"--soak {soak:g} with --quick: a quick run writes no page, where a soak is told; leave one of them out")
     plan = QUICK if quick else Plan()
     plan = replace(plan, seconds=seconds or plan.seconds, rounds=rounds or plan.rounds, soak=soak)
     plan = replace(plan, peers=() if peers == "none" else _parts(peers))

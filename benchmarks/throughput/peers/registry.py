@@ -16,6 +16,8 @@ from noisec.contract import stage_model
 from noisec.manifest import releases
 
 REQUIREMENTS = Path(__file__).parent / "requirements"
+LARGEST_MESSAGE = 2**30
+"""bytes that MLServer takes over gRPC"""
 Command = Callable[[Path, Path, Task], list[str]]
 """(environment, an empty folder in which the server runs, what it serves) -> command line; it may write files into the folder"""
 
@@ -94,6 +96,7 @@ def _start_mlserver(environment: Path, folder: Path, task: Task, model: dict[str
     grpc, http, metrics = task.ports
     workers = task.workers if task.workers > 1 else 0  # 0 computes in the server's own process
     server = {"host": "127.0.0.1", "grpc_port": grpc, "http_port": http, "metrics_port": metrics, "parallel_workers": workers}
+    server |= {"debug": False, "grpc_max_message_length": LARGEST_MESSAGE}  # else: a line in its log for every request, and 4 MB
     (folder / "settings.json").write_text(json.dumps(server))
     (folder / "model-settings.json").write_text(json.dumps(model))
     return [f"{environment}/bin/mlserver", "start", str(folder)]

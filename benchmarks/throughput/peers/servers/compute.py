@@ -109,7 +109,10 @@ class Guard(Computation):
     def __init__(self, repository: Path, name: str, release: str, threads: int = 1) -> None:
         folders = {stage: repository / f"{name}_{stage}" / release for stage in ("autoencoder", "classifier", "scorer")}
         together = repository / name / release
-        if (together / "image").is_dir():  # the layout in one process, with graphs of its own
+        alone = (together / "guard.py").is_file()  # the layout in one process, with graphs of its own
+        if alone:
+            folders["scorer"] = together
+        if (together / "image").is_dir():
             folders |= {"autoencoder": together / "autoencoder", "classifier": together / "image"}
         graphs = {name: together / name / "model.onnx" for name in ("autoencoder", "scorer")}
         self._scores = open_session(graphs["scorer"], threads) if graphs["scorer"].is_file() else None
@@ -117,7 +120,9 @@ class Guard(Computation):
         """of one graph with the scorer in it, as that layout has it where the guard asks no copies of its classifier"""
         self._autoencoder = open_session(folders["autoencoder"] / "model.onnx", threads)
         self._classifier = open_session(folders["classifier"] / "model.onnx", threads)
-        self._scorer = load_scorer(folders["scorer"])
+        self._scorer = load_code(folders["scorer"], "scoring").Scorer.load(folders["scorer"] / "scorer.npz")
+        self._part = int(load_code(together, "guard").PART) if alone else 0
+        """images that the guard's own process computes at a time; 0: all of them"""
         self._memory = self._scorer.new_memory()
         self._answered = [output.name for output in self._classifier.get_outputs()]
         outputs = [output.name for output in self._autoencoder.get_outputs()]
@@ -131,25 +136,29 @@ class Guard(Computation):
         self.shape = tuple(self._autoencoder.get_inputs()[0].shape[1:])
 
     def __call__(self, images: npt.NDArray[np.float32]) -> dict[str, Array]:
-        """``ANSWERS``, [n] each, from float32 [n, C, H, W]: one call of the autoencoder, one of the classifier for all its passes; or one
-        of all together."""
+        """``ANSWERS``, [n] each, from float32 [n, C, H, W], in parts where the guard's own process takes parts"""
+        size = self._part or len(images)
+        parts = [self._tensors(images[start : start + size]) for start in range(0, len(images), size)]
+        tensors = parts[0] if len(parts) == 1 else {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        score = tensors["SCORE"][:, 0] if "SCORE" in tensors else None
+        verdict = self._scorer.outputs(tensors, self._memory, score)
+        return dict(zip(ANSWERS, (tensors["LOGITS"].argmax(axis=1), *(verdict[name][:, 0] for name in TENSORS)), strict=True))
+
+    def _tensors(self, images: npt.NDArray[np.float32]) -> dict[str, Array]:
+        """LOGITS, what the scorer reads and, where a graph makes it, SCORE, [n, ...] each: one call of the autoencoder and one of the
+        classifier for all its passes; or one of all together."""
         if self._whole:
             names = [output.name for output in self._whole.get_outputs()]
-            tensors = dict(zip(names, self._whole.run(names, {"IMAGE": images}), strict=True))
-            return self._answers(tensors["LOGITS"].argmax(axis=1), tensors, tensors["SCORE"][:, 0])
+            return dict(zip(names, self._whole.run(names, {"IMAGE": images}), strict=True))
         tensors = dict(zip(self._wanted, self._autoencoder.run(self._wanted, {"IMAGE": images}), strict=True))
         joined = np.concatenate([images, *(tensors[source] for source in self._passes.values())])
         answers = dict(zip(self._answered, self._classifier.run(self._answered, {"IMAGE": joined}), strict=True))
-        parts = np.split(answers.pop("PENULTIMATE"), 1 + len(self._passes))
-        labels = answers.pop("LOGITS")[: len(images)].argmax(axis=1)
-        passes = dict(zip(["IMAGE_PENULTIMATE", *self._passes], parts, strict=True))
-        tensors |= answers | passes
-        score = self._scores.run(["SCORE"], {name: tensors[name] for name in self._scorer.inputs})[0][:, 0] if self._scores else None
-        return self._answers(labels, tensors, score)
-
-    def _answers(self, labels: Array, tensors: dict[str, Array], score: Array | None) -> dict[str, Array]:
-        verdict = self._scorer.outputs(tensors, self._memory, score)
-        return dict(zip(ANSWERS, (labels, *(verdict[name][:, 0] for name in TENSORS)), strict=True))
+        passes = np.split(answers.pop("PENULTIMATE"), 1 + len(self._passes))
+        tensors |= {name: rows[: len(images)] for name, rows in answers.items()}
+        tensors |= dict(zip(["IMAGE_PENULTIMATE", *self._passes], passes, strict=True))
+        if self._scores:
+            (tensors["SCORE"],) = self._scores.run(["SCORE"], {name: tensors[name] for name in self._scorer.inputs})
+        return tensors
 
 
 def encode(images: npt.NDArray[np.float32]) -> list[str]:
@@ -173,9 +182,9 @@ def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path.as_posix(), options, providers=["CPUExecutionProvider"])
 
 
-def load_scorer(folder: Path) -> Any:
-    """The ``Scorer`` of a release, made by the code that lies beside its arrays."""
-    package = ModuleType("guard_scorer")
+def load_code(folder: Path, module: str) -> Any:
+    """A module of a release, from the code that lies beside its arrays."""
+    package = ModuleType("guard_code")
     package.__path__ = [str(folder)]
-    sys.modules["guard_scorer"] = package
-    return importlib.import_module("guard_scorer.scoring").Scorer.load(folder / "scorer.npz")
+    sys.modules["guard_code"] = package
+    return importlib.import_module(f"guard_code.{module}")
