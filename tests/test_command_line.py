@@ -49,6 +49,16 @@ def test_classify_writes_only_json_to_standard_output(server, files):
     assert [sorted(row) for row in rows] == [["class", "file", "label"]] * 3
 
 
+def test_a_request_may_take_as_long_as_it_is_given(server, files):
+    out = noisec("classify", "--url", server.grpc_url, "--guard", GUARD, *files, "--timeout", "0.001", code=1)
+    assert "Deadline" in out or "within timeout = 0.001 s" in out
+
+
+def test_a_quick_measurement_has_no_page_to_tell_a_soak_on():
+    out = noisec("bench", "throughput", REPOSITORY, "--guard", GUARD, "--quick", "--soak", "600", code=1)
+    assert "--soak 600 with --quick" in out
+
+
 def test_files_that_do_not_fit_are_named(server, tmp_path):
     Image.new("L", (32, 32)).save(tmp_path / "large.png")
     (tmp_path / "text.png").write_text("not a picture")

@@ -96,6 +96,7 @@ def test_requests_that_fail_are_no_throughput(server, pixels):
     load = asyncio.run(closed_loop([broken], pixels, clients=2, seconds=SHORT))
     assert (load.requests, load.images, load.per_second) == (0, 0, 0)
     assert load.failed > 0
+    assert "nobody" in load.reason
     half = asyncio.run(open_loop([broken, Traffic(asking(server), batch=2)], pixels, rate=100, seconds=SHORT))
     assert half.failed > 0
     assert half.requests > 0
@@ -104,7 +105,7 @@ def test_requests_that_fail_are_no_throughput(server, pixels):
 
 
 def test_a_load_that_nobody_answers_is_an_error(server, pixels):
-    with generator(pixels) as load, pytest.raises(NoisecError, match="not one request was answered"):
+    with generator(pixels) as load, pytest.raises(NoisecError, match="not one request was answered; .* the first one with: .*nobody"):
         load.closed([Traffic(asking(server, model="nobody"))], clients=1, seconds=SHORT)
 
 
@@ -232,7 +233,35 @@ def test_a_soak_that_a_failed_request_ends_is_told_as_such(server, target, perf,
     assert ("80% load: no failed request", "1", False) in goals(GUARD, benchmark.result, FIGURES)
     page = as_markdown(GUARD, benchmark.result, FIGURES, {"command": "noisec bench throughput"})
     assert "in 1 parts" in page
-    assert "perf_analyzer" in page.split("## Soak")[1]
+    assert "perf_analyzer, fashion_mnist, batch 1, 80 requests a second: exit code" in page.split("## Soak")[1]
+
+
+def test_what_cannot_be_measured_is_refused_before_anything_is(server, tmp_path):
+    rearrange(REPOSITORY, GUARD, ServingSpec(input="uint8"), tmp_path / "bytes")
+    for repository, plan, url, reason in (
+        (REPOSITORY, replace(TINY, soak=600), server.grpc_url, "--soak 600 with --url"),
+        (REPOSITORY, replace(TINY, soak=6), None, "--soak 6: whether memory grows takes 30 s at least"),
+        (
+            tmp_path / "bytes",
+            replace(TINY, peers=("litserve",)),
+            None,
+            '--peers litserve: fashion_mnist takes bytes .serving.input = "uint8"',
+        ),
+    ):
+        with pytest.raises(NoisecError, match=reason):
+            run_benchmark(repository, GUARD, plan, tmp_path, None, url, "")
+    with pytest.raises(NoisecError, match="no statistics: .* has to have loaded fashion_mnist, fashion_mnist_autoencoder, .*nobody"):
+        statistics.read(server.grpc_url, [*manifest.models(GUARD), "nobody"])
+
+
+def test_mixed_traffic_keeps_to_the_largest_batch_that_is_taken(server, target, pixels, monkeypatch):
+    monkeypatch.setattr(Target, "largest", 2)
+    with generator(pixels) as load:
+        benchmark = Benchmark(target, server.grpc_url, TINY, None, None, pixels, load, here=True)
+        _, stages = counted(server, benchmark.mixed)
+    assert stages[GUARD].requests < stages[GUARD].images < 2 * stages[GUARD].requests
+    assert [row.failed for row in benchmark.rows] == [0, 0]
+    assert 0 < benchmark.result.observations[0].cpu_ms < 1000
 
 
 def test_labels_are_no_goal_where_the_classifier_itself_answers_them():

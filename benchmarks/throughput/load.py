@@ -190,7 +190,7 @@ async def _failure(send: Sender, images: Images) -> str:
     try:
         await send(images)
     except Exception as error:  # whatever a sender raises is a request that was not answered
-        return str(error) or type(error).__name__
+        return " ".join(str(error).split()) or type(error).__name__
     return ""
 
 

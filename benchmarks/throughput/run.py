@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -284,7 +285,7 @@ class Benchmark:
         yield
         stages, now = statistics.between(before, statistics.read(self.url, models)), statistics.usage(own)
         images = next(stage.images for stage in stages if stage.model == self.target.name)
-        spent = 1000 * (now.cpu_seconds - used.cpu_seconds) / images if own else float("nan")
+        spent = 1000 * (now.cpu_seconds - used.cpu_seconds) / images if own and images else float("nan")
         self.result.observations.append(Observation(during, stages, spent, now.memory_mb))
 
 
@@ -357,10 +358,16 @@ def _network_runtime(spec: GuardSpec) -> str:
     return f"Triton's own {spec.runtime} backend" if own else f"the stand-in for Triton's {spec.runtime} backend"
 
 
+def _processor() -> str:
+    known = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", known.read_text()) if known.is_file() else []
+    return f"{platform.machine()}, {names[0]}" if names else platform.machine()
+
+
 def _facts(plan: Plan, images: Pixels) -> dict[str, Any]:
     packages = ("onnxruntime", "nvidia-pytriton", "tritonclient", "numpy")
     return {
-        "machine": f"{platform.machine()}, {CORES} cores, {platform.system()}; client, server and limit share it",
+        "machine": f"{_processor()}, {CORES} cores, {platform.system()}; client, server and limit share it",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "images": f"{len(images)} different ones, {list(np.shape(images)[1:])} {images.dtype}",
         "each measurement": f"{plan.seconds:g} s, with perf_analyzer as long as {REQUESTS} requests take at the limit, if that is longer; "
