@@ -62,7 +62,8 @@ ARRIVALS = 2.0
 """seconds of arrivals at least, for the slowest hundredth of them"""
 SOAK_LOAD, SOAK_CHUNK = 0.8, 6.0
 """share of the throughput, and seconds of each of its parts, between which memory is looked at. After each third of a part perf_analyzer
-adds up its requests, which takes it one core for about 15 us each, and requests wait: in parts of 20 s up to half a second"""
+adds up its requests, which takes it one core for about 15 us each, and requests wait meanwhile: the
+longer the part, the longer"""
 SHORTEST_SOAK = 5 * SOAK_CHUNK
 """seconds: the memory of its last fifth is compared with that of the first"""
 MIXED_LOAD = 0.5

@@ -178,7 +178,8 @@ def stopped(pids: Iterable[int]) -> Iterator[None]:
     members = [member for pid in pids for member in family(pid)]
     try:
         for member in members:
-            member.suspend()
+            with suppress(psutil.NoSuchProcess):
+                member.suspend()
         yield
     finally:
         for member in members:
