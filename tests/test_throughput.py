@@ -254,6 +254,12 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(server, tmp_path)
         statistics.read(server.grpc_url, [*manifest.models(GUARD), "nobody"])
 
 
+def test_the_limit_takes_no_batch_that_there_are_too_few_images_for(target, pixels):
+    benchmark = Benchmark(target, "", replace(TINY, limits=(8, 128)), None, None, pixels[:10], None, here=False)
+    benchmark.limit()
+    assert {row.batch for row in benchmark.rows} == {8}
+
+
 def test_mixed_traffic_keeps_to_the_largest_batch_that_is_taken(server, target, pixels, monkeypatch):
     monkeypatch.setattr(Target, "largest", 2)
     with generator(pixels) as load:

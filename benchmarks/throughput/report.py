@@ -29,7 +29,7 @@ HOW = """*Limit*: the same ONNX files and the same scorer without a server, ever
 threads and batch size. *Served*: the guard's whole answer over gRPC, real images, on the same machine as its load. "perf_analyzer" and
 "own load" name the load generator; perf_analyzer always asks for every output. Where a rate is asked for, requests arrive at random
 (Poisson) unless said otherwise, whether or not the ones before are answered. Figures are medians over rounds in which what is compared
-takes turns.
+takes turns. Of servers that take turns only the one that is measured runs.
 Labels alone are asked of the model that clients ask for them: of a guard that is one graph, the classifier stage itself, for which that
 is no goal."""
 GOALS = {"cifar10_resnet20": (0.95, 0.80)}

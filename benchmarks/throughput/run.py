@@ -285,7 +285,8 @@ class Benchmark:
         before, used = statistics.read(self.url, models), statistics.usage(own)
         yield
         stages, now = statistics.between(before, statistics.read(self.url, models)), statistics.usage(own)
-        images = next(stage.images for stage in stages if stage.model == self.target.name)
+        asked = {self.target.name, self.target.asked((contract.LOGITS,))}
+        images = sum(stage.images for stage in stages if stage.model in asked)
         spent = 1000 * (now.cpu_seconds - used.cpu_seconds) / images if own and images else float("nan")
         self.result.observations.append(Observation(during, stages, spent, now.memory_mb))
 
